@@ -1,0 +1,115 @@
+"""`fastkv.asyncio.Redis`: redis-py's asyncio client, and how to await a batch."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import redis.asyncio
+
+from fastkv import commands
+from fastkv.commands import Keys, Seconds, When
+from fastkv.node import Node, TileOptions, leave_node, node_of, options_of_url
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from fastkv.buffers import Buffers
+
+
+class Redis(redis.asyncio.Redis):
+    """redis-py's `redis.asyncio.Redis` with the calls of `fastkv.Redis` as coroutines.
+
+    One client may be used from several event loops at once, as far as the ``batch_tile_*``
+    calls are concerned. See `fastkv.Redis` for the arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        tile_workers: int | None = None,
+        tile_connections: int | None = None,
+        tile_window_bytes: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._tile_node: Node | None = None
+        self._tile_options = TileOptions(tile_workers, tile_connections, tile_window_bytes)
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_url(cls, url: str, *args: Any, **kwargs: Any) -> Self:
+        """As redis-py's; ``tile_*`` arguments may stand in the query too."""
+        url, options, kwargs = options_of_url(url, kwargs)
+        client = super().from_url(url, *args, **kwargs)
+        client._tile_options = options
+        return client
+
+    def client(self) -> Self:
+        client = super().client()
+        assert isinstance(client, type(self))
+        client._tile_options = self._tile_options
+        return client
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """As redis-py's. Ends the native connections as `fastkv.Redis.close` does."""
+        node, self._tile_node = self._tile_node, None
+        if node is not None:
+            # Joins threads, which may take a moment.
+            await asyncio.get_running_loop().run_in_executor(None, leave_node, self, node)
+        await super().aclose(close_connection_pool)
+
+    def _node(self) -> Node:
+        node = self._tile_node
+        if node is None or node.closed:
+            node = self._tile_node = node_of(self, self._tile_options)
+        return node
+
+    async def batch_tile_get(
+        self,
+        keys: Keys,
+        buffers: Buffers,
+        *,
+        immutable: bool = False,
+        timeout: float | None = None,
+    ) -> list[bool]:
+        """`fastkv.Redis.batch_tile_get`, awaited.
+
+        Cancelling the task takes the batch back. `asyncio.CancelledError` is raised once no
+        thread can write the buffers any more, which takes moments, not the network's time.
+        """
+        batch = commands.get(self.get_encoder(), keys, buffers)
+        return await self._node().wait(batch, timeout)
+
+    async def batch_tile_set(
+        self,
+        keys: Keys,
+        buffers: Buffers,
+        *,
+        ex: Seconds | None = None,
+        px: Seconds | None = None,
+        exat: When | None = None,
+        pxat: When | None = None,
+        keepttl: bool = False,
+        nx: bool = False,
+        xx: bool = False,
+        timeout: float | None = None,
+    ) -> list[bool]:
+        """`fastkv.Redis.batch_tile_set`, awaited; cancelled as `batch_tile_get` is."""
+        batch = commands.set(
+            self.get_encoder(), keys, buffers, ex, px, exat, pxat, keepttl, nx, xx
+        )
+        return await self._node().wait(batch, timeout)
+
+    async def batch_tile_exists(
+        self, keys: Keys, *, timeout: float | None = None
+    ) -> list[bool]:
+        """`fastkv.Redis.batch_tile_exists`, awaited."""
+        batch = commands.exists(self.get_encoder(), keys)
+        return await self._node().wait(batch, timeout)
+
+    async def batch_tile_delete(
+        self, keys: Keys, *, timeout: float | None = None
+    ) -> list[bool]:
+        """`fastkv.Redis.batch_tile_delete`, awaited."""
+        batch = commands.delete(self.get_encoder(), keys)
+        return await self._node().wait(batch, timeout)

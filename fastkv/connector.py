@@ -1,0 +1,335 @@
+"""redis-py connects and authenticates; then the engine takes the socket over.
+
+One small thread an engine: the native workers never call Python, they ask for a
+connection and go on. All that redis-py knows about connecting (name resolution,
+credentials, client name, time-outs, `redis_connect_func`, custom connection classes)
+holds, because redis-py's own Connection does it, from the pool's settings of that moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import copy
+import inspect
+import select
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import redis.asyncio.connection
+import redis.connection
+from redis._parsers.base import BaseParser
+from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
+from redis.exceptions import (
+    ConnectionError,
+    ResponseError,
+    TimeoutError,
+)
+from redis.retry import AbstractRetry, Retry
+
+from fastkv._core import Engine, RetryPolicy
+from fastkv._version import __version__
+from fastkv.errors import UnsupportedConnection
+
+SyncPool: TypeAlias = redis.connection.ConnectionPool
+AsyncPool: TypeAlias = redis.asyncio.connection.ConnectionPool
+Pool: TypeAlias = "SyncPool | AsyncPool"
+#: Gives an event loop that is running now, to await a credential provider on.
+FindLoop: TypeAlias = "Callable[[], asyncio.AbstractEventLoop | None]"
+
+# What belongs to the pool's own RESP3 connections. A native one speaks RESP2 and gets no
+# push messages; it reads host and time-outs anew at each connect.
+_NOT_FOR_LANES = frozenset(
+    {
+        "himport_registry",
+        "maint_notifications_config",
+        "maint_notifications_pool_handler",
+        "maintenance_notification_hash",
+        "maintenance_state",
+        "orig_host_address",
+        "orig_socket_connect_timeout",
+        "orig_socket_timeout",
+        "oss_cluster_maint_notifications_handler",
+    }
+)
+
+_SYNC_TWIN = {
+    redis.asyncio.connection.Connection: redis.connection.Connection,
+    redis.asyncio.connection.UnixDomainSocketConnection: (
+        redis.connection.UnixDomainSocketConnection
+    ),
+}
+
+# A connection that fails while others work is asked for again at this pace at most.
+_LEAST_DELAY = 0.05
+
+
+def check_supported(pool: Pool) -> None:
+    """Raise `UnsupportedConnection` for what can be known without connecting."""
+    cls = pool.connection_class
+    tls = (redis.connection.SSLConnection, redis.asyncio.connection.SSLConnection)
+    if issubclass(cls, tls):
+        raise UnsupportedConnection(
+            f"batch_tile_* cannot use TLS yet ({cls.__name__}); connect with redis:// "
+            "or unix://, or use redis-py's own commands"
+        )
+    if issubclass(cls, redis.asyncio.connection.AbstractConnection):
+        if cls not in _SYNC_TWIN:
+            raise UnsupportedConnection(
+                f"batch_tile_* cannot use connections of class {cls.__name__} on an "
+                "event loop; known are Connection and UnixDomainSocketConnection"
+            )
+        if inspect.iscoroutinefunction(pool.connection_kwargs.get("redis_connect_func")):
+            raise UnsupportedConnection(
+                "batch_tile_* cannot await a redis_connect_func; pass a plain function"
+            )
+
+
+def make_connection(pool: Pool, find_loop: FindLoop) -> Any:
+    """Make the sync redis-py Connection for one native connection; it does no I/O yet."""
+    kwargs = {k: v for k, v in pool.connection_kwargs.items() if k not in _NOT_FOR_LANES}
+    kwargs["protocol"] = 2
+    _name_fastkv(kwargs)
+    cls: Any = pool.connection_class
+    if cls in _SYNC_TWIN:
+        cls = _SYNC_TWIN[cls]
+        for key in ("retry", "parser_class", "encoder_class"):  # asyncio's own
+            kwargs.pop(key, None)
+        provider = kwargs.get("credential_provider")
+        if provider is not None:
+            kwargs["credential_provider"] = _AwaitedCredentials(provider, find_loop)
+    connection = cls(**kwargs)
+    # The connector retries by itself, so that close() need not wait for a back-off.
+    connection.retry = Retry(NoBackoff(), 0)
+    return connection
+
+
+def take_socket(connection: Any) -> int:
+    """Detach the descriptor of a connected redis-py Connection; the caller owns it."""
+    sock = connection._sock
+    if type(sock) is not socket.socket:
+        connection.disconnect()
+        raise UnsupportedConnection(
+            f"batch_tile_* need an operating system's socket; a connection of class "
+            f"{type(connection).__name__} has {type(sock).__name__}"
+        )
+    parser = connection._parser
+    reader = getattr(parser, "_reader", None)  # hiredis; else redis-py's own parser
+    if reader.has_data() if reader is not None else parser._buffer.unread_bytes() > 0:
+        connection.disconnect()
+        raise ConnectionError("Unread data on a connection that was just made.")
+    # detach() before anything can close the socket: redis-py shuts sockets down, which
+    # would end every duplicate of the descriptor too.
+    fd = sock.detach()
+    connection._sock = None
+    parser.on_disconnect()
+    return fd
+
+
+def retry_of(pool: Pool) -> AbstractRetry[Any]:
+    """The Retry that redis-py's Connection would make of the pool's settings."""
+    kwargs = pool.connection_kwargs
+    retry = kwargs.get("retry")
+    listed = kwargs.get("retry_on_error")
+    errors = list(listed) if isinstance(listed, (list, tuple, set, frozenset)) else []
+    if kwargs.get("retry_on_timeout"):
+        errors.append(TimeoutError)
+    if retry is None:
+        retry = Retry(NoBackoff(), 1 if errors else 0)
+    elif not errors:
+        return retry  # type: ignore[no-any-return]  # kwargs are untyped in redis-py
+    retry = copy.deepcopy(retry)
+    retry.update_supported_errors(errors)
+    return retry  # type: ignore[no-any-return]  # kwargs are untyped in redis-py
+
+
+def policy_of(retry: AbstractRetry[Any]) -> RetryPolicy:
+    """The part of a Retry that concerns an operation whose connection was lost."""
+    errors = retry._supported_errors
+    return RetryPolicy(
+        retry._retries,
+        connection_lost=issubclass(ConnectionError, errors),
+        stalled=issubclass(TimeoutError, errors),
+        error_replies=_replies_raising(errors),
+    )
+
+
+def _replies_raising(errors: tuple[type[Exception], ...]) -> list[bytes]:
+    """Beginnings of the error replies for which redis-py raises one of ``errors``."""
+    if issubclass(ResponseError, errors):
+        return [b""]
+    prefixes = []
+    for code, raised in BaseParser.EXCEPTION_CLASSES.items():
+        if isinstance(raised, dict):
+            for text, exception in raised.items():
+                if issubclass(exception, errors):
+                    prefixes.append(f"{code} {text}".encode())
+        elif issubclass(raised, errors):
+            prefixes.append(f"{code} ".encode())
+    return prefixes
+
+
+def _name_fastkv(kwargs: dict[str, Any]) -> None:
+    """Add ours to the driver names that ``CLIENT LIST`` shows; switched off stays off."""
+    try:
+        from redis.driver_info import DriverInfo
+    except ImportError:  # redis-py before 7.1
+        return
+    if "lib_name" in kwargs or "lib_version" in kwargs:
+        return
+    info = kwargs.get("driver_info", DriverInfo())
+    if isinstance(info, DriverInfo):
+        kwargs["driver_info"] = copy.deepcopy(info).add_upstream_driver(
+            "fastkv", __version__
+        )
+
+
+class _AwaitedCredentials(CredentialProvider):
+    """A provider of an asyncio client, for the connector thread.
+
+    Its coroutine is awaited on a loop of the client's, where its own resources live.
+    """
+
+    def __init__(self, provider: CredentialProvider, find_loop: FindLoop) -> None:
+        self._provider = provider
+        self._find_loop = find_loop
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        loop = self._find_loop()
+        if loop is None:
+            raise ConnectionError("No event loop is left to ask for credentials on.")
+        asked = asyncio.run_coroutine_threadsafe(
+            self._provider.get_credentials_async(), loop
+        )
+        try:
+            return asked.result(_CREDENTIALS_TIMEOUT)
+        except concurrent.futures.TimeoutError as error:
+            asked.cancel()
+            raise ConnectionError(
+                f"The credential provider took over {_CREDENTIALS_TIMEOUT:g} s."
+            ) from error
+
+
+# Seconds that a provider may take, or a loop be busy with something else.
+_CREDENTIALS_TIMEOUT = 30.0
+
+
+class _Attempt:
+    """A connection that the engine asked for."""
+
+    def __init__(self, lane: int, due: float) -> None:
+        self.lane = lane
+        self.due = due  # time.monotonic()
+        self.failures = 0
+
+
+class Connector:
+    """Serves an engine's requests for connections, until `close`.
+
+    Attributes:
+        error: Why the last attempt that was given up has failed.
+    """
+
+    def __init__(self, engine: Engine, pool: Pool, find_loop: FindLoop) -> None:
+        self.error: Exception = ConnectionError("Not connected.")
+        self._engine = engine
+        self._pool = weakref.ref(pool)
+        self._find_loop = find_loop
+        self._closing = False
+        self._connecting: Any = None  # the Connection at work, for close()
+        self._thread = threading.Thread(
+            target=self._serve, name="fastkv-connector", daemon=True
+        )
+        self._thread.start()
+
+    def close(self, timeout: float) -> None:
+        """Stop, after the engine was closed. A connect to an address that does not
+        answer cannot be interrupted: such a thread ends by itself, later."""
+        self._closing = True
+        self._engine.wake_connector()
+        connection = self._connecting
+        sock = getattr(connection, "_sock", None)
+        if isinstance(sock, socket.socket):
+            try:
+                sock.shutdown(socket.SHUT_RDWR)  # ends a handshake that waits
+            except OSError:
+                pass
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+
+    def _serve(self) -> None:
+        poll = select.poll()
+        poll.register(self._engine.connect_event(), select.POLLIN)
+        attempts: list[_Attempt] = []
+        while True:
+            now = time.monotonic()
+            next_due = min((attempt.due for attempt in attempts), default=None)
+            if next_due is None or next_due > now:
+                poll.poll(None if next_due is None else (next_due - now) * 1000 + 1)
+            pool = self._pool()
+            if self._closing or pool is None:
+                return
+            retry = retry_of(pool)
+            now = time.monotonic()
+            for lane, losses in self._engine.take_connect_requests():
+                delay = retry._backoff.compute(losses) if losses else 0.0
+                attempts.append(_Attempt(lane, now + delay))
+            for attempt in [a for a in attempts if a.due <= now]:
+                attempts = self._try(pool, attempt, retry, attempts)
+                if self._closing:
+                    return
+            del pool  # do not keep it alive while waiting
+
+    def _try(
+        self,
+        pool: Pool,
+        attempt: _Attempt,
+        retry: AbstractRetry[Any],
+        attempts: list[_Attempt],
+    ) -> list[_Attempt]:
+        """Make one attempt; returns those that are left."""
+        if attempt not in attempts:
+            return attempts  # given up together with another
+        try:
+            connection = make_connection(pool, self._find_loop)
+            self._connecting = connection
+            connection.connect()
+            fd = take_socket(connection)
+        except Exception as error:
+            if self._closing:
+                return []
+            attempt.failures += 1
+            delay = float(retry._backoff.compute(attempt.failures))
+            retries = retry._retries
+            if isinstance(error, retry._supported_errors) and (
+                retries < 0 or attempt.failures <= retries
+            ):
+                attempt.due = time.monotonic() + delay
+                return attempts
+            self.error = error
+            # The others would fail likewise: nobody should wait for each of them.
+            for given_up in attempts:
+                self._engine.connect_failed(
+                    given_up.lane, type(error).__name__, max(delay, _LEAST_DELAY)
+                )
+            return []
+        finally:
+            self._connecting = None
+        self._engine.adopt(
+            attempt.lane,
+            fd,
+            float(connection.socket_timeout or 0),
+            float(connection.health_check_interval or 0),
+        )
+        return [a for a in attempts if a is not attempt]
+
+    def fresh_error(self) -> Exception:
+        """A copy of `error`, for one caller to raise."""
+        error = copy.copy(self.error)
+        error.__cause__ = self.error
+        return error

@@ -1,0 +1,91 @@
+"""From the engine's codes and the server's error lines to `redis.exceptions`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from redis._parsers.base import BaseParser
+from redis.exceptions import (
+    ConnectionError,
+    InvalidResponse,
+    RedisError,
+    TimeoutError,
+)
+
+from fastkv._core import Code
+
+
+class ValueSizeError(RedisError):
+    """The value of a key has another length than the buffer it was to be read into.
+
+    Attributes:
+        expected: Bytes in the buffer.
+        actual: Bytes in the value.
+    """
+
+    def __init__(self, expected: int, actual: int) -> None:
+        super().__init__(
+            f"expected a value of {expected} bytes, the buffer's length; "
+            f"the server has {actual} bytes"
+        )
+        self.expected = expected
+        self.actual = actual
+
+
+class UnsupportedConnection(RedisError):
+    """The client's connections cannot carry ``batch_tile_*``; other commands work."""
+
+
+class TileError(RedisError):
+    """A batch ran to its end, and for some keys the server had an error.
+
+    Attributes:
+        outcomes: One entry a key, in the order of the keys: what the call would have
+            returned for it, or the exception. A ``True`` is as good as in a call that
+            returned: the buffer holds the value, or the value is stored.
+        errors: The exceptions alone, by index of their keys: `ValueSizeError`, or what
+            redis-py raises for the server's error reply.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[object],
+        hits: Sequence[bool],
+        errors: dict[int, RedisError],
+    ) -> None:
+        index, first = next(iter(errors.items()))
+        super().__init__(
+            f"{len(errors)} of {len(keys)} keys failed; the first is {keys[index]!r}: "
+            f"{first}"
+        )
+        self.errors = errors
+        self.outcomes: list[bool | RedisError] = [
+            errors.get(i, hit) for i, hit in enumerate(hits)
+        ]
+
+
+def error_of_reply(line: str) -> RedisError:
+    """What redis-py raises for an error reply (the line without its ``-`` and CRLF)."""
+    error = BaseParser.parse_error(line)
+    assert isinstance(error, RedisError)
+    return error
+
+
+def error_of_code(code: int, detail: str, keys: int, timeout: float) -> RedisError:
+    """What redis-py raises, or would, when a batch failed as a whole."""
+    if code == Code.TIMED_OUT:
+        return TimeoutError(f"{keys} keys were not all answered within {timeout:g} s")
+    if code == Code.STALLED:
+        return TimeoutError(detail)
+    if code == Code.PROTOCOL_ERROR:
+        return InvalidResponse(f"Protocol Error: {detail}")
+    if code == Code.UNKNOWN_OUTCOME:
+        return ConnectionError(
+            f"{detail} A SET with nx or xx had been sent and was not answered: "
+            "whether it was done is unknown."
+        )
+    if code == Code.CLOSED:
+        return ConnectionError("The client was closed before the batch was complete.")
+    if code == Code.INTERNAL_ERROR:
+        return RedisError(f"fastkv worker died: {detail}")
+    return ConnectionError(detail or "Connection closed by server.")

@@ -1,0 +1,580 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+# distutils: language = c++
+"""The binding of the C++ engine. Converts and calls; decides nothing.
+
+Pins. A caller's memory is held by the `Batch`: one `Py_buffer` export a buffer, which forbids that
+the buffer is resized, freed or released. The engine's table of batches in flight holds the `Batch`
+from submit until its completion is drained, whatever the caller does with it meanwhile.
+"""
+import enum
+import os
+
+cimport cython
+from core cimport *
+from cpython.buffer cimport (
+    PyBUF_C_CONTIGUOUS,
+    PyBUF_FORMAT,
+    PyBUF_SIMPLE,
+    PyBuffer_Release,
+    PyObject_CheckBuffer,
+    PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.mem cimport PyMem_Free, PyMem_Realloc
+from libc.errno cimport EINTR, errno
+from libc.string cimport strchr
+from libcpp.memory cimport make_shared, shared_ptr
+from libcpp.string cimport string
+from libcpp.string_view cimport string_view
+from libcpp.utility cimport move
+from libcpp.vector cimport vector
+
+cdef extern from "<poll.h>" nogil:
+    cdef struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd*, unsigned long, int)
+    short POLLIN
+
+cdef extern from "Python.h":
+    const char* PyUnicode_AsUTF8AndSize(object, Py_ssize_t*) except NULL
+
+
+class Command(enum.IntEnum):
+    """What a batch does with each of its keys."""
+
+    GET = <int>CppCommand.get
+    SET = <int>CppCommand.set
+    EXISTS = <int>CppCommand.exists
+    UNLINK = <int>CppCommand.unlink
+
+
+class Code(enum.IntEnum):
+    """What became of a batch as a whole; see cpp/status.hpp."""
+
+    OK = <int>_Code.ok
+    CLOSED = <int>_Code.closed
+    CANCELLED = <int>_Code.cancelled
+    TIMED_OUT = <int>_Code.timed_out
+    CONNECT_FAILED = <int>_Code.connect_failed
+    CONNECTION_LOST = <int>_Code.connection_lost
+    STALLED = <int>_Code.stalled
+    PROTOCOL_ERROR = <int>_Code.protocol_error
+    UNKNOWN_OUTCOME = <int>_Code.unknown_outcome
+    INTERNAL_ERROR = <int>_Code.internal_error
+
+
+@cython.final
+cdef class RetryPolicy:
+    """What an operation may do after its connection was lost. Immutable.
+
+    Args:
+        retries: Attempts after the first; below 0: no limit.
+        connection_lost: Whether a reset or closed connection is a reason to try again.
+        stalled: Whether a socket time-out is.
+        error_replies: Beginnings of error replies that count as a lost connection.
+    """
+
+    cdef shared_ptr[CppRetryPolicy] cpp
+
+    def __init__(self, int retries, *, bint connection_lost, bint stalled, error_replies):
+        self.cpp = make_shared[CppRetryPolicy]()
+        cdef CppRetryPolicy* policy = self.cpp.get()
+        policy.retries = retries
+        policy.connection_lost = connection_lost
+        policy.stalled = stalled
+        for prefix in error_replies:
+            policy.error_replies.push_back(prefix)
+
+
+@cython.final
+cdef class Batch:
+    """One call: its keys, its pinned memory and, once drained, what became of each key.
+
+    Args:
+        command: What to do with each key.
+        keys: Key names: ``bytes``, or what ``encode`` makes bytes of.
+        encode: Called for each key that is neither ``bytes`` nor, with ``utf8``, ``str``.
+        utf8: Whether ``str`` keys are plain UTF-8, which needs no call of ``encode``.
+
+    Attributes:
+        waiter: The caller's own; what to notify when the batch is drained.
+        drained: No worker can touch the memory any more, and the pins are released.
+    """
+
+    cdef shared_ptr[CppBatch] cpp
+    cdef Py_buffer* views
+    cdef Py_ssize_t view_count
+    cdef Py_ssize_t view_room
+    cdef readonly unsigned long long id
+    cdef readonly bint drained
+    cdef readonly object keys
+    cdef public object waiter
+    cdef bint valued
+
+    def __cinit__(self):
+        self.views = NULL
+        self.view_count = 0
+        self.view_room = 0
+
+    def __init__(self, int command, keys, encode, bint utf8):
+        global _last_id
+        _last_id += 1
+        self.id = _last_id
+        self.keys = keys
+        self.valued = command == <int>CppCommand.get or command == <int>CppCommand.set
+        self.cpp = make_shared[CppBatch](<CppCommand>command)
+        cdef CppBatch* batch = self.cpp.get()
+        batch.reserve(len(keys))
+        cdef const char* text
+        cdef Py_ssize_t size
+        cdef Py_buffer view
+        for key in keys:
+            if type(key) is str and utf8:
+                text = PyUnicode_AsUTF8AndSize(key, &size)
+                batch.add_key(string_view(text, size))
+                continue
+            if type(key) is not bytes:
+                key = encode(key)
+            if type(key) is bytes:
+                batch.add_key(string_view(PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key)))
+                continue
+            PyObject_GetBuffer(key, &view, PyBUF_SIMPLE)
+            try:
+                batch.add_key(string_view(<const char*>view.buf, view.len))
+            finally:
+                PyBuffer_Release(&view)
+
+    def __dealloc__(self):
+        self._release()
+
+    def __len__(self):
+        return self.cpp.get().size()
+
+    def add_set_option(self, bytes argument):
+        """Add an argument to each SET, after its value."""
+        self.cpp.get().add_set_option(
+            string_view(PyBytes_AS_STRING(argument), PyBytes_GET_SIZE(argument))
+        )
+
+    def forbid_repeat(self):
+        """Say that an operation must not be sent again once the server may have seen it."""
+        self.cpp.get().forbid_repeat()
+
+    def pin_values(self, values, bint writable, as_buffer):
+        """Pin one value a key: a buffer, or a tuple of buffers to be filled or sent in order.
+
+        Args:
+            values: Sequence with one value a key.
+            writable: Refuse read-only memory.
+            as_buffer: Called for what has no buffer protocol; returns something that has.
+
+        Raises:
+            TypeError, ValueError: Names the key, what was expected and what came.
+        """
+        cdef CppBatch* batch = self.cpp.get()
+        cdef Py_ssize_t index = 0
+        for value in values:
+            if type(value) is tuple:
+                for part in value:
+                    self._pin(part, index, writable, as_buffer)
+            else:
+                self._pin(value, index, writable, as_buffer)
+            batch.end_value()
+            index += 1
+
+    def pin_rows(self, array, bint writable, as_buffer):
+        """Pin one array whose first axis runs over the keys. Raises as `pin_values` does."""
+        cdef CppBatch* batch = self.cpp.get()
+        cdef Py_ssize_t rows = batch.size()
+        cdef Py_buffer* view = self._export(array, -1, writable, as_buffer)
+        if rows == 0:
+            return
+        cdef Py_ssize_t row_bytes = view.len // rows
+        cdef Py_ssize_t i
+        for i in range(rows):
+            batch.add_segment(<char*>view.buf + i * row_bytes, row_bytes)
+            batch.end_value()
+
+    cdef _pin(self, buffer, Py_ssize_t index, bint writable, as_buffer):
+        cdef Py_buffer* view = self._export(buffer, index, writable, as_buffer)
+        self.cpp.get().add_segment(view.buf, view.len)
+
+    cdef str _where(self, Py_ssize_t index):
+        return "buffers" if index < 0 else f"buffer of key {self.keys[index]!r}"
+
+    cdef Py_buffer* _export(
+        self, buffer, Py_ssize_t index, bint writable, as_buffer
+    ) except NULL:
+        if not PyObject_CheckBuffer(buffer):
+            buffer = as_buffer(buffer, self._where(index))
+        if self.view_count == self.view_room:
+            self._make_room()
+        cdef Py_buffer* view = &self.views[self.view_count]
+        try:
+            PyObject_GetBuffer(buffer, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
+        except (BufferError, ValueError) as error:
+            # numpy cannot name the format of some element types (datetime64, bfloat16 of
+            # ml_dtypes); plain bytes it can give.
+            try:
+                PyObject_GetBuffer(buffer, view, PyBUF_SIMPLE)
+            except (BufferError, ValueError):
+                raise ValueError(
+                    f"{self._where(index)}: expected C-contiguous memory, got a"
+                    f" {type(buffer).__name__} that is not: {error}"
+                ) from None
+        self.view_count += 1  # from here on, _release gives it back
+        if view.format != NULL and strchr(view.format, b"O") != NULL:
+            raise TypeError(
+                f"{self._where(index)}: expected plain data, got a"
+                f" {type(buffer).__name__} of Python objects"
+            )
+        if writable and view.readonly:
+            raise ValueError(
+                f"{self._where(index)}: expected writable memory, got a read-only"
+                f" {type(buffer).__name__}"
+            )
+        return view
+
+    cdef _make_room(self):
+        cdef Py_ssize_t room = max(8, 2 * self.view_room)
+        cdef void* grown = PyMem_Realloc(self.views, room * sizeof(Py_buffer))
+        if grown == NULL:
+            raise MemoryError
+        self.views = <Py_buffer*>grown
+        self.view_room = room
+
+    cdef _release(self):
+        cdef Py_ssize_t i
+        for i in range(self.view_count):
+            PyBuffer_Release(&self.views[i])
+        self.view_count = 0
+        self.view_room = 0
+        PyMem_Free(self.views)
+        self.views = NULL
+
+    @property
+    def pins(self) -> int:
+        """Buffers that are pinned now."""
+        return self.view_count
+
+    @property
+    def code(self) -> int:
+        """After the drain: what became of the batch as a whole, a `Code`."""
+        return <int>self.cpp.get().status().code
+
+    @property
+    def detail(self) -> str:
+        """After the drain: the text that belongs to `code`."""
+        return self.cpp.get().status().detail.decode("utf-8", "replace")
+
+    def hits(self):
+        """After the drain: one bool a key; False for a miss and for every failure."""
+        cdef CppBatch* batch = self.cpp.get()
+        cdef size_t i
+        cdef size_t n = batch.size()
+        cdef list result = [False] * n
+        for i in range(n):
+            if batch.outcome(i) == Outcome.hit:
+                result[i] = True
+        return result
+
+    def failures(self):
+        """After the drain: ``(index, expected bytes, actual bytes, error line)`` for each key with
+        another length (the line is empty then) or an error reply, in the order of the keys."""
+        cdef CppBatch* batch = self.cpp.get()
+        if batch.all_answered_plainly():
+            return []
+        return sorted(
+            (
+                failure.index,
+                batch.value_bytes(failure.index),
+                failure.actual_bytes,
+                failure.error.decode("utf-8", "replace"),
+            )
+            for failure in batch.failures()
+        )
+
+
+cdef unsigned long long _last_id = 0
+
+
+@cython.final
+cdef class CompletionQueue:
+    """Where completed batches wait for one caller: an event loop, or a thread."""
+
+    cdef shared_ptr[CppCompletionQueue] cpp
+
+    def __cinit__(self):
+        self.cpp = make_shared[CppCompletionQueue]()
+
+    def fileno(self):
+        """A descriptor that is readable when there is something to drain."""
+        return self.cpp.get().fd()
+
+    def wait(self):
+        """Sleep until there is something to drain, or `wake` was called. Signal handlers run."""
+        while not self._poll():
+            PyErr_CheckSignals()
+
+    def wake(self):
+        """Make one `wait` return with nothing to drain. Any thread."""
+        self.cpp.get().wake()
+
+    def close_after_fork(self):
+        """In a child: give the descriptor back."""
+        self.cpp.get().close_after_fork()
+
+    cdef bint _poll(self) except -1:
+        # 0: a signal came.
+        cdef pollfd entry
+        cdef int ready
+        cdef int error
+        entry.fd = self.cpp.get().fd()
+        entry.events = POLLIN
+        if entry.fd < 0:
+            raise OSError("the queue was closed by a fork")
+        with nogil:
+            ready = poll(&entry, 1, -1)
+            error = errno
+        if ready < 0 and error != EINTR:
+            raise OSError(error, os.strerror(error))
+        return ready > 0
+
+
+@cython.final
+@cython.no_gc_clear  # the table must outlive the worker threads, which __dealloc__ joins
+cdef class Engine:
+    """The native client of one server.
+
+    Args:
+        workers: Threads.
+        connections: Connections over all threads. One carries lookups only, unless it is alone.
+        window_bytes: Value bytes that a connection may have asked for and not yet read.
+        window_requests: Requests that a connection may have in flight.
+    """
+
+    cdef CppEngine* cpp
+    cdef dict in_flight
+    cdef bint forked
+
+    def __cinit__(
+        self, size_t workers, size_t connections, size_t window_bytes, size_t window_requests
+    ):
+        cdef Window window
+        window.bytes = window_bytes
+        window.requests = window_requests
+        self.in_flight = {}
+        self.forked = False
+        self.cpp = new CppEngine(workers, connections, window)
+
+    def __dealloc__(self):
+        cdef CppEngine* cpp = self.cpp
+        # In a child the threads do not exist and locks may be held for ever: leave it alone.
+        if cpp != NULL and not self.forked:
+            with nogil:
+                del cpp
+
+    def submit(
+        self, Batch batch, CompletionQueue queue, RetryPolicy policy, double timeout
+    ):
+        """Hand a batch over. Its memory is pinned until `drain` returns it.
+
+        Args:
+            timeout: Seconds for the whole batch; 0: no limit.
+
+        Returns:
+            A `Code`: OK, or why the batch was not accepted.
+        """
+        cdef Status status
+        cdef shared_ptr[CppBatch] cpp = batch.cpp
+        cdef shared_ptr[CppCompletionQueue] cpp_queue = queue.cpp
+        cdef shared_ptr[const CppRetryPolicy] cpp_policy = policy.cpp
+        self.in_flight[batch.id] = batch
+        with nogil:
+            status = self.cpp.submit(move(cpp), batch.id, move(cpp_queue), move(cpp_policy), timeout)
+        if status.code != _Code.ok:
+            del self.in_flight[batch.id]
+        return <int>status.code
+
+    def run(self, Batch batch, CompletionQueue queue, RetryPolicy policy, double timeout):
+        """Submit and wait. Signal handlers run meanwhile; if one raises, the batch is cancelled
+        and the exception raised once no worker can touch the memory any more."""
+        cdef int code = self.submit(batch, queue, policy, timeout)
+        if code != 0:
+            return code
+        try:
+            while not batch.drained:
+                queue.wait()
+                self.drain(queue)
+        except BaseException:
+            self.cancel(batch)
+            # Workers let go within one turn of their loops, whatever the network does.
+            while not batch.drained:
+                queue._poll()
+                self.drain(queue)
+            raise
+        return code
+
+    def cancel(self, Batch batch):
+        """Take a batch back. It completes, cancelled, as soon as no worker can touch its memory;
+        if it had completed already, nothing happens."""
+        cdef unsigned long long id = batch.id
+        with nogil:
+            self.cpp.cancel(id)
+
+    def drain(self, CompletionQueue queue):
+        """Return the batches that completed on ``queue``, their pins released."""
+        cdef vector[uint64_t] ids
+        cdef Batch batch
+        cdef list done = []
+        with nogil:
+            ids = queue.cpp.get().drain()
+        for id in ids:
+            batch = self.in_flight.pop(id)
+            batch.drained = True
+            batch._release()
+            done.append(batch)
+        return done
+
+    @property
+    def batches_in_flight(self) -> int:
+        """Batches submitted and not yet drained."""
+        return len(self.in_flight)
+
+    def close(self):
+        """Complete every batch, with an error if need be, and join the threads. Idempotent."""
+        with nogil:
+            self.cpp.close()
+
+    def retire_connections(self):
+        """Let every connection end once it is idle; the next batch opens new ones."""
+        with nogil:
+            self.cpp.retire_connections()
+
+    def connect_event(self):
+        """A descriptor that is readable when the engine wants connections."""
+        return self.cpp.connect_event()
+
+    def wake_connector(self):
+        """Make `connect_event` readable with nothing to take."""
+        self.cpp.wake_connector()
+
+    def take_connect_requests(self):
+        """Return ``(lane, losses in a row)`` for each connection that the engine wants."""
+        cdef vector[LaneRequest] requests
+        with nogil:
+            requests = self.cpp.take_connect_requests()
+        return [(request.lane, request.failures) for request in requests]
+
+    def adopt(self, uint32_t lane, int fd, double stall_timeout, double health_interval):
+        """Take over a connected socket; closes it in the end, and also when this raises.
+
+        Args:
+            stall_timeout: Seconds without a byte after which the connection is given up; 0: never.
+            health_interval: Seconds idle after which it is checked by a PING; 0: never.
+        """
+        with nogil:
+            self.cpp.adopt(lane, UniqueFd(fd), stall_timeout, health_interval)
+
+    def connect_failed(self, uint32_t lane, str why, double delay):
+        """Say that a connection cannot be made; it is not asked for again for ``delay`` seconds if
+        another can do its work. Batches that need it end with `Code.CONNECT_FAILED`."""
+        cdef string detail = why.encode()
+        with nogil:
+            self.cpp.connect_failed(lane, detail, delay)
+
+    def before_fork(self):
+        """Bring the list of descriptors in order; one of the next two must follow."""
+        self.cpp.before_fork()
+
+    def after_fork_in_parent(self):
+        """Go on."""
+        self.cpp.after_fork_in_parent()
+
+    def after_fork_in_child(self):
+        """Give back the parent's descriptors. The engine must not be used any more.
+
+        Returns:
+            The batches in flight at the fork. They will not complete here.
+        """
+        self.forked = True
+        self.cpp.close_fds_after_fork()
+        batches = list(self.in_flight.values())
+        self.in_flight.clear()
+        return batches
+
+
+@cython.final
+cdef class ReplyParser:
+    """The engine's RESP2 parser with Python objects for results: for tests, as `hiredis.Reader`.
+
+    Args:
+        error: Makes the object that stands for an error reply from its line.
+    """
+
+    cdef CppReplyParser cpp
+    cdef bytearray unread
+    cdef list stack
+    cdef object error
+
+    def __init__(self, error=RuntimeError):
+        self.unread = bytearray()
+        self.stack = []
+        self.error = error
+
+    def feed(self, data):
+        """Return the replies that ``data`` completes.
+
+        Raises:
+            ValueError: The bytes are no RESP2. The parser is of no use afterwards.
+        """
+        self.unread += data
+        replies = []
+        cdef ReplyStep step
+        cdef Py_ssize_t end
+        cdef Py_ssize_t have
+        while True:
+            step = self.cpp.next(string_view(self.unread, len(self.unread)))
+            if step.found == Found.incomplete:
+                return replies
+            if step.found == Found.malformed:
+                raise ValueError(step.why.decode())
+            if step.head.type == ReplyType.bulk and step.head.value >= 0:
+                have = len(self.unread) - <Py_ssize_t>step.consumed
+                if have - 2 < step.head.value:
+                    return replies
+                end = <Py_ssize_t>step.consumed + step.head.value
+                if self.unread[end:end + 2] != b"\r\n":
+                    raise ValueError("no line break after a value")
+                reply = bytes(self.unread[<Py_ssize_t>step.consumed:end])
+                del self.unread[:end + 2]
+            else:
+                if step.head.type == ReplyType.simple:
+                    reply = bytes(step.head.text.data()[:step.head.text.size()])
+                elif step.head.type == ReplyType.error:
+                    text = bytes(step.head.text.data()[:step.head.text.size()])
+                    reply = self.error(text.decode("utf-8", "replace"))
+                elif step.head.type == ReplyType.integer:
+                    reply = step.head.value
+                elif step.head.value < 0:
+                    reply = None
+                else:
+                    reply = []
+                del self.unread[:<Py_ssize_t>step.consumed]
+                if step.head.type == ReplyType.array and step.head.value > 0:
+                    self.stack.append((reply, step.head.value))
+                    continue
+            self._nest(reply, replies)
+
+    cdef _nest(self, reply, list replies):
+        while self.stack:
+            items, size = self.stack.pop()
+            items.append(reply)
+            if len(items) < size:
+                self.stack.append((items, size))
+                return
+            reply = items
+        replies.append(reply)

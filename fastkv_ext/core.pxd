@@ -1,0 +1,146 @@
+# The C++ API as Cython sees it: the only `cdef extern`, all of it callable without the GIL.
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libcpp cimport bool as cpp_bool
+from libcpp.memory cimport shared_ptr
+from libcpp.string cimport string
+from libcpp.string_view cimport string_view
+from libcpp.vector cimport vector
+
+
+cdef extern from "status.hpp" namespace "fastkv" nogil:
+    cdef enum class _Code "fastkv::Code"(uint8_t):
+        ok
+        closed
+        cancelled
+        timed_out
+        connect_failed
+        connection_lost
+        stalled
+        protocol_error
+        unknown_outcome
+        internal_error
+
+    cdef enum class Outcome(uint8_t):
+        unanswered
+        hit
+        miss
+        size_mismatch
+        refused
+
+    cdef cppclass Status:
+        _Code code
+        string detail
+
+
+cdef extern from "completion_queue.hpp" namespace "fastkv" nogil:
+    cdef cppclass CppCompletionQueue "fastkv::CompletionQueue":
+        CppCompletionQueue() except +
+        int fd() noexcept
+        vector[uint64_t] drain() except +
+        void wake() noexcept
+        void close_after_fork() noexcept
+
+
+cdef extern from "resp.hpp" namespace "fastkv" nogil:
+    cdef enum class ReplyType "fastkv::ReplyHead::Type"(uint8_t):
+        simple
+        error
+        integer
+        bulk
+        array
+
+    cdef enum class Found "fastkv::ReplyParser::Found"(uint8_t):
+        head
+        incomplete
+        malformed
+
+    cdef cppclass ReplyHead:
+        ReplyType type
+        int64_t value
+        string_view text
+
+    cdef cppclass ReplyStep "fastkv::ReplyParser::Step":
+        Found found
+        ReplyHead head
+        size_t consumed
+        const char* why
+
+    cdef cppclass CppReplyParser "fastkv::ReplyParser":
+        ReplyStep next(string_view) noexcept
+
+
+cdef extern from "session.hpp" namespace "fastkv" nogil:
+    cdef enum class CppCommand "fastkv::Command"(uint8_t):
+        get
+        set
+        exists
+        unlink
+
+
+cdef extern from "batch.hpp" namespace "fastkv" nogil:
+    cdef cppclass CppRetryPolicy "fastkv::RetryPolicy":
+        int64_t retries
+        cpp_bool connection_lost
+        cpp_bool stalled
+        vector[string] error_replies
+
+    cdef cppclass Failure "fastkv::Batch::Failure":
+        uint32_t index
+        int64_t actual_bytes
+        string error
+
+    cdef cppclass CppBatch "fastkv::Batch":
+        CppBatch(CppCommand) except +
+        void reserve(size_t) except +
+        void add_key(string_view) except +
+        void add_segment(void*, size_t) except +
+        void end_value() except +
+        void add_set_option(string_view) except +
+        void forbid_repeat() noexcept
+        size_t size() noexcept
+        uint64_t value_bytes(size_t) noexcept
+        Outcome outcome(size_t) noexcept
+        cpp_bool all_answered_plainly() noexcept
+        const vector[Failure]& failures() noexcept
+        const Status& status() noexcept
+
+
+cdef extern from "schedule.hpp" namespace "fastkv" nogil:
+    cdef cppclass LaneRequest:
+        uint32_t lane
+        uint32_t failures
+
+
+cdef extern from "worker.hpp" namespace "fastkv" nogil:
+    cdef cppclass Window:
+        uint64_t bytes
+        size_t requests
+
+
+cdef extern from "fd.hpp" namespace "fastkv" nogil:
+    cdef cppclass UniqueFd:
+        UniqueFd(int) noexcept
+
+
+cdef extern from "engine.hpp" namespace "fastkv" nogil:
+    cdef cppclass CppEngine "fastkv::Engine":
+        CppEngine(size_t, size_t, Window) except +
+        Status submit(
+            shared_ptr[CppBatch],
+            uint64_t,
+            shared_ptr[CppCompletionQueue],
+            shared_ptr[const CppRetryPolicy],
+            double,
+        ) except +
+        void cancel(uint64_t) except +
+        void close() except +
+        void retire_connections() except +
+        size_t batches() except +
+        int connect_event() noexcept
+        void wake_connector() noexcept
+        vector[LaneRequest] take_connect_requests() except +
+        void adopt(uint32_t, UniqueFd, double, double) except +
+        void connect_failed(uint32_t, string, double) except +
+        void before_fork() except +
+        void after_fork_in_parent() except +
+        void close_fds_after_fork() noexcept

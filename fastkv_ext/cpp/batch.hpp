@@ -1,0 +1,116 @@
+// One call of a user: its keys, its memory, what became of each key. Filled by the caller, then
+// shared with the workers until its last operation is finished. Takes no decision: the Schedule
+// says which operation runs when.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "completion_queue.hpp"
+#include "session.hpp"
+#include "status.hpp"
+
+namespace fastkv {
+
+using Clock = std::chrono::steady_clock;
+
+// What wins when a connection asks for work, highest first.
+enum class Priority : std::uint8_t { lookup, retrieve, store };
+inline constexpr std::size_t kPriorities = 3;
+
+// redis-py's Retry, as far as an operation is concerned. The delays are the connector's.
+struct RetryPolicy {
+  std::int64_t retries = 0;  // below 0: for ever
+  bool connection_lost = true;
+  bool stalled = true;
+  // Error replies that start with one of these count as a lost connection ("LOADING").
+  std::vector<std::string> error_replies;
+};
+
+class Batch {
+ public:
+  struct Failure {
+    std::uint32_t index = 0;
+    std::int64_t actual_bytes = 0;
+    std::string error;
+  };
+
+  explicit Batch(Command command) : command_(command) {}
+
+  // Filling, before submit: one thread.
+  void reserve(std::size_t keys) { key_ends_.reserve(keys); }
+  void add_key(std::string_view key);
+  void add_segment(void* data, std::size_t size) {
+    segments_.push_back({static_cast<std::byte*>(data), size});
+  }
+  void end_value() { value_ends_.push_back(segments_.size()); }
+  void add_set_option(std::string_view argument);
+  void forbid_repeat() noexcept { repeatable_ = false; }
+
+  Command command() const noexcept { return command_; }
+  Priority priority() const noexcept;
+  std::size_t size() const noexcept { return key_ends_.size(); }
+  std::string_view key(std::size_t index) const noexcept;
+  std::uint64_t value_bytes(std::size_t index) const noexcept;
+  bool repeatable() const noexcept { return repeatable_; }
+  Operation operation(std::uint32_t index) noexcept;
+
+  // True if an error reply is one that the policy treats as a lost connection.
+  bool retried_by_policy(std::string_view error) const noexcept;
+
+  // Workers. Each index is answered once, by the worker that carries it.
+  void answer(std::uint32_t index, Outcome outcome) noexcept { outcomes_[index] = outcome; }
+  void answer(Completed&& completed);
+
+  // The caller, after completion.
+  Outcome outcome(std::size_t index) const noexcept { return outcomes_[index]; }
+  bool all_answered_plainly() const noexcept { return failures_.empty(); }
+  const std::vector<Failure>& failures() const noexcept { return failures_; }
+  const Status& status() const noexcept { return status_; }
+
+ private:
+  friend class Schedule;
+
+  // immutable after submit
+  const Command command_;
+  bool repeatable_ = true;
+  std::string keys_;                      // all keys, one after the other
+  std::vector<std::size_t> key_ends_;
+  std::vector<Segment> segments_;         // all values' segments, one after the other
+  std::vector<std::size_t> value_ends_;
+  std::string set_options_;
+  std::size_t set_option_count_ = 0;
+  std::uint64_t id_ = 0;
+  // Shared: the caller may drop its queue while the batch is still on its way there.
+  std::shared_ptr<CompletionQueue> queue_;
+  // Shared: one policy serves many batches, and outlives a change of the client's.
+  std::shared_ptr<const RetryPolicy> retry_;
+  std::optional<Clock::time_point> deadline_;
+
+  // guarded by Schedule::mutex_
+  std::size_t cursor_ = 0;                // the first operation that was never pulled
+  std::vector<std::uint32_t> again_;      // operations that came back from a lost connection
+  std::vector<std::uint32_t> attempts_;   // empty until one is lost
+  Status status_;                         // not ok: the batch failed as a whole
+  bool abandoned_ = false;                // its memory must not be used for new operations
+  bool queued_ = false;                   // it stands in a queue
+
+  // Counted down by workers; the one that reaches 0 completes the batch.
+  std::atomic<std::size_t> unfinished_{0};
+
+  std::vector<Outcome> outcomes_;         // [i]: the worker that carries i, then the caller
+  std::mutex failures_mutex_;
+  std::vector<Failure> failures_;         // guarded by failures_mutex_ until completion
+};
+
+}  // namespace fastkv

@@ -1,0 +1,81 @@
+#include "engine.hpp"
+
+#include <utility>
+
+namespace fastkv {
+namespace {
+
+std::vector<PrioritySet> lane_priorities(std::size_t connections) {
+  std::vector<PrioritySet> lanes(connections, kValues);
+  if (connections == 1) {
+    lanes[0] = kLookups | kValues;
+  } else {
+    lanes[0] = kLookups;
+  }
+  return lanes;
+}
+
+Clock::duration to_duration(double seconds) {
+  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+}
+
+}  // namespace
+
+Engine::Engine(std::size_t workers, std::size_t connections, Window window)
+    : schedule_(workers, lane_priorities(connections)) {
+  for (std::size_t i = 0; i < workers; ++i) {
+    workers_.push_back(std::make_unique<Worker>(i, schedule_, window));
+  }
+  try {
+    for (const auto& worker : workers_) worker->start();
+  } catch (...) {
+    close();
+    throw;
+  }
+}
+
+Engine::~Engine() { close(); }
+
+Status Engine::submit(std::shared_ptr<Batch> batch, std::uint64_t id,
+                      std::shared_ptr<CompletionQueue> queue,
+                      std::shared_ptr<const RetryPolicy> retry, double seconds) {
+  std::optional<Clock::time_point> deadline;
+  if (seconds > 0) deadline = Clock::now() + to_duration(seconds);
+  return schedule_.submit(std::move(batch), id, std::move(queue), std::move(retry), deadline);
+}
+
+void Engine::cancel(std::uint64_t id) { schedule_.abandon(id, {Code::cancelled, {}}); }
+
+void Engine::close() {
+  std::lock_guard lock(close_mutex_);
+  if (std::exchange(closed_, true)) return;
+  schedule_.close({Code::closed, {}});
+  for (std::size_t i = 0; i < workers_.size(); ++i) schedule_.inbox(i).post(Stop{});
+  for (const auto& worker : workers_) worker->join();
+  schedule_.wake_connector();
+}
+
+void Engine::retire_connections() {
+  for (std::size_t i = 0; i < workers_.size(); ++i) schedule_.inbox(i).post(Retire{});
+}
+
+void Engine::adopt(std::uint32_t lane, UniqueFd socket, double stall_seconds,
+                   double health_seconds) {
+  auto stream = std::make_unique<SocketStream>(std::move(socket));
+  std::lock_guard lock(close_mutex_);
+  if (closed_) return;
+  schedule_.connected(lane);
+  schedule_.inbox_of_lane(lane).post(
+      Adopt{lane, std::move(stream), to_duration(stall_seconds), to_duration(health_seconds)});
+}
+
+void Engine::connect_failed(std::uint32_t lane, const std::string& why, double delay_seconds) {
+  schedule_.connect_failed(lane, {Code::connect_failed, why}, to_duration(delay_seconds));
+}
+
+void Engine::close_fds_after_fork() noexcept {
+  schedule_.close_fds_after_fork();
+  for (const auto& worker : workers_) worker->close_fds_after_fork();
+}
+
+}  // namespace fastkv

@@ -1,0 +1,315 @@
+#include "schedule.hpp"
+
+#include <algorithm>
+#include <utility>
+
+namespace fastkv {
+
+void Inbox::post(Message message) {
+  {
+    std::lock_guard lock(mutex_);
+    messages_.push_back(std::move(message));
+  }
+  event.signal();
+}
+
+std::vector<Message> Inbox::take() {
+  std::lock_guard lock(mutex_);
+  return std::exchange(messages_, {});
+}
+
+Schedule::Schedule(std::size_t workers, std::vector<PrioritySet> lane_priorities)
+    : lanes_(std::move(lane_priorities)), connected_(lanes_.size(), false) {
+  for (std::size_t i = 0; i < workers; ++i) inboxes_.push_back(std::make_unique<Inbox>());
+  for (std::uint32_t lane = 0; lane < lanes_.size(); ++lane) {
+    inbox_of_lane(lane).priorities |= lanes_[lane];
+  }
+}
+
+// --- callers -----------------------------------------------------------------------------------
+
+Status Schedule::submit(std::shared_ptr<Batch> batch, std::uint64_t id,
+                        std::shared_ptr<CompletionQueue> queue,
+                        std::shared_ptr<const RetryPolicy> retry,
+                        std::optional<Clock::time_point> deadline) {
+  const std::size_t operations = batch->size();
+  const Priority priority = batch->priority();
+  batch->id_ = id;
+  batch->queue_ = std::move(queue);
+  batch->retry_ = std::move(retry);
+  batch->deadline_ = deadline;
+  batch->outcomes_.assign(operations, Outcome::unanswered);
+  batch->unfinished_ = operations;
+  if (operations == 0) {
+    batch->queue_->push(id);
+    return {};
+  }
+  {
+    std::lock_guard lock(mutex_);
+    if (!refusal_.ok()) return refusal_;
+    Batch& accepted = *batch;
+    accepted_.emplace(id, std::move(batch));
+    if (deadline) deadlines_.emplace(*deadline, id);
+    enqueue_locked(accepted, operations);
+  }
+  wake_sleepers(priority_bit(priority), 0, operations);
+  // The first worker must look at its clock again.
+  if (deadline) inbox(0).event.signal();
+  return {};
+}
+
+bool Schedule::abandon(std::uint64_t id, Status why) {
+  Batches found;
+  {
+    std::lock_guard lock(mutex_);
+    const auto it = accepted_.find(id);
+    if (it == accepted_.end()) return false;
+    found.push_back(it->second);
+  }
+  abandon_batches(found, why);
+  return true;
+}
+
+void Schedule::close(const Status& why) {
+  Batches all;
+  {
+    std::lock_guard lock(mutex_);
+    if (refusal_.ok()) refusal_ = why;
+    for (const auto& [id, batch] : accepted_) all.push_back(batch);
+  }
+  abandon_batches(all, why);
+}
+
+std::size_t Schedule::batches() const {
+  std::lock_guard lock(mutex_);
+  return accepted_.size();
+}
+
+void Schedule::enqueue_locked(Batch& batch, std::size_t operations) {
+  const auto priority = static_cast<std::size_t>(batch.priority());
+  if (!batch.queued_) queues_[priority].push_back(&batch);
+  batch.queued_ = true;
+  queued_[priority] += operations;
+}
+
+// Drops what no worker has pulled, and tells the workers to let go of the rest.
+void Schedule::abandon_batches(const Batches& batches, const Status& why) {
+  for (const auto& batch : batches) {
+    std::size_t dropped = 0;
+    {
+      std::lock_guard lock(mutex_);
+      if (batch->abandoned_) continue;
+      batch->abandoned_ = true;
+      if (batch->status_.ok()) batch->status_ = why;
+      dropped = batch->size() - batch->cursor_ + batch->again_.size();
+      batch->cursor_ = batch->size();
+      batch->again_.clear();
+      const auto priority = static_cast<std::size_t>(batch->priority());
+      if (batch->queued_) std::erase(queues_[priority], batch.get());
+      batch->queued_ = false;
+      queued_[priority] -= dropped;
+    }
+    for (const auto& inbox : inboxes_) inbox->post(Abandon{batch});
+    if (dropped > 0) finish(*batch, dropped);
+  }
+}
+
+// --- the connector thread ----------------------------------------------------------------------
+
+std::vector<LaneRequest> Schedule::take_connect_requests() {
+  connect_event_.clear();  // before the swap: a request after it signals again
+  std::lock_guard lock(mutex_);
+  return std::exchange(connect_requests_, {});
+}
+
+void Schedule::connected(std::uint32_t lane) {
+  std::lock_guard lock(mutex_);
+  connected_[lane] = true;
+}
+
+void Schedule::connect_failed(std::uint32_t lane, const Status& why, Clock::duration delay) {
+  Batches stranded;
+  bool served = false;
+  {
+    std::lock_guard lock(mutex_);
+    for (std::size_t p = 0; p < kPriorities; ++p) {
+      const auto priority = static_cast<Priority>(p);
+      if ((lanes_[lane] & priority_bit(priority)) == 0) continue;
+      if (served_locked(priority)) {
+        served = true;
+        continue;
+      }
+      for (const Batch* batch : queues_[p]) stranded.push_back(accepted_.at(batch->id_));
+    }
+  }
+  abandon_batches(stranded, why);
+  // With nobody else to serve it, a later batch wants to be told at once, as redis-py would.
+  inbox_of_lane(lane).post(ConnectFailed{lane, served ? delay : Clock::duration{}});
+  // What is left may have waited for this lane while others slept.
+  wake_sleepers(with_work(), 0, inboxes_.size());
+}
+
+bool Schedule::served_locked(Priority priority) const noexcept {
+  for (std::size_t i = 0; i < lanes_.size(); ++i) {
+    if (connected_[i] && (lanes_[i] & priority_bit(priority)) != 0) return true;
+  }
+  return false;
+}
+
+// --- workers -----------------------------------------------------------------------------------
+
+std::size_t Schedule::lanes_serving(Priority priority) const noexcept {
+  return static_cast<std::size_t>(std::count_if(
+      lanes_.begin(), lanes_.end(),
+      [&](PrioritySet set) { return (set & priority_bit(priority)) != 0; }));
+}
+
+PrioritySet Schedule::with_work() const noexcept {
+  PrioritySet found = 0;
+  for (std::size_t p = 0; p < kPriorities; ++p) {
+    if (queued_[p] > 0) found |= priority_bit(static_cast<Priority>(p));
+  }
+  return found;
+}
+
+bool Schedule::has_work(PrioritySet priorities) const noexcept {
+  return (with_work() & priorities) != 0;
+}
+
+Schedule::Run Schedule::pull(PrioritySet priorities, std::size_t max_requests,
+                             std::uint64_t max_bytes) {
+  std::lock_guard lock(mutex_);
+  for (std::size_t p = 0; p < kPriorities; ++p) {
+    const auto priority = static_cast<Priority>(p);
+    if ((priorities & priority_bit(priority)) == 0 || queues_[p].empty()) continue;
+    Batch& batch = *queues_[p].front();
+    Run run{.batch = &batch};
+    if (!batch.again_.empty()) {
+      run.first = batch.again_.back();
+      run.count = 1;
+      batch.again_.pop_back();
+    } else {
+      const std::size_t lanes = lanes_serving(priority);
+      const std::size_t share = (queued_[p] + lanes - 1) / lanes;
+      const std::size_t most =
+          std::min({max_requests, std::max<std::size_t>(share, 1), batch.size() - batch.cursor_});
+      run.first = static_cast<std::uint32_t>(batch.cursor_);
+      for (std::uint64_t bytes = 0; run.count < most && (run.count == 0 || bytes < max_bytes);) {
+        bytes += batch.value_bytes(run.first + run.count);
+        ++run.count;
+      }
+      batch.cursor_ += run.count;
+    }
+    queued_[p] -= run.count;
+    if (batch.again_.empty() && batch.cursor_ == batch.size()) {
+      queues_[p].pop_front();
+      batch.queued_ = false;
+    }
+    return run;
+  }
+  return {};
+}
+
+bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counted, Code why) {
+  const PrioritySet priorities = priority_bit(batch.priority());
+  {
+    std::lock_guard lock(mutex_);
+    if (batch.abandoned_ || (sent && !batch.repeatable_)) return false;
+    if (counted) {
+      const RetryPolicy& policy = *batch.retry_;
+      if (!(why == Code::stalled ? policy.stalled : policy.connection_lost)) return false;
+      if (batch.attempts_.empty()) batch.attempts_.resize(batch.size());
+      const std::uint32_t attempts = ++batch.attempts_[index];
+      if (policy.retries >= 0 && attempts > policy.retries) return false;
+    }
+    batch.again_.push_back(index);
+    enqueue_locked(batch, 1);
+  }
+  wake_sleepers(priorities, 0, inboxes_.size());
+  return true;
+}
+
+void Schedule::fail(Batch& batch, const Status& why) {
+  {
+    std::lock_guard lock(mutex_);
+    if (batch.status_.ok()) batch.status_ = why;
+  }
+  finish(batch, 1);
+}
+
+void Schedule::finish(Batch& batch, std::size_t operations) {
+  // Release: our outcomes. Acquire: those of the workers that finished before us.
+  if (batch.unfinished_.fetch_sub(operations, std::memory_order_acq_rel) != operations) return;
+  std::shared_ptr<Batch> done;
+  {
+    std::lock_guard lock(mutex_);
+    const auto it = accepted_.find(batch.id_);
+    done = std::move(it->second);
+    accepted_.erase(it);
+    if (done->deadline_) {
+      const auto [first, last] = deadlines_.equal_range(*done->deadline_);
+      for (auto at = first; at != last; ++at) {
+        if (at->second == done->id_) {
+          deadlines_.erase(at);
+          break;
+        }
+      }
+    }
+  }
+  done->queue_->push(done->id_);
+}
+
+void Schedule::wake_sleepers(PrioritySet priorities, std::size_t first,
+                             std::size_t most) noexcept {
+  for (std::size_t i = first; i < inboxes_.size() && most > 0; ++i) {
+    if ((inboxes_[i]->priorities & priorities) == 0) continue;
+    if (!inboxes_[i]->asleep.exchange(false)) continue;
+    inboxes_[i]->event.signal();
+    --most;
+  }
+}
+
+// Only upwards, or two workers that can both do nothing would wake each other for ever.
+void Schedule::pass_on(std::size_t from) noexcept { wake_sleepers(with_work(), from + 1, 1); }
+
+void Schedule::request_connection(LaneRequest request) {
+  {
+    std::lock_guard lock(mutex_);
+    connect_requests_.push_back(request);
+  }
+  connect_event_.signal();
+}
+
+void Schedule::lost(std::uint32_t lane) {
+  std::lock_guard lock(mutex_);
+  connected_[lane] = false;
+}
+
+std::optional<Clock::time_point> Schedule::next_deadline() const {
+  std::lock_guard lock(mutex_);
+  if (deadlines_.empty()) return std::nullopt;
+  return deadlines_.begin()->first;
+}
+
+void Schedule::expire(Clock::time_point now) {
+  Batches late;
+  {
+    std::lock_guard lock(mutex_);
+    while (!deadlines_.empty() && deadlines_.begin()->first <= now) {
+      // A batch may be on its way out already; then it is not accepted_ any more.
+      const auto it = accepted_.find(deadlines_.begin()->second);
+      if (it != accepted_.end()) late.push_back(it->second);
+      deadlines_.erase(deadlines_.begin());
+    }
+  }
+  abandon_batches(late, {Code::timed_out, {}});
+}
+
+void Schedule::worker_died(const std::string& why) { close({Code::internal_error, why}); }
+
+void Schedule::close_fds_after_fork() noexcept {
+  for (const auto& inbox : inboxes_) inbox->event.close();
+  connect_event_.close();
+}
+
+}  // namespace fastkv

@@ -1,0 +1,165 @@
+// Which operation runs next: the accepted batches, a queue for each priority, retries, deadlines.
+// Workers pull from it; callers and the connector thread push. Moves no bytes and owns no thread.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <variant>
+#include <vector>
+
+#include "batch.hpp"
+#include "fd.hpp"
+#include "stream.hpp"
+
+namespace fastkv {
+
+// Which priorities a lane serves, as bits.
+using PrioritySet = std::uint8_t;
+constexpr PrioritySet priority_bit(Priority p) noexcept {
+  return static_cast<PrioritySet>(1u << static_cast<unsigned>(p));
+}
+inline constexpr PrioritySet kLookups = priority_bit(Priority::lookup);
+inline constexpr PrioritySet kValues =
+    priority_bit(Priority::retrieve) | priority_bit(Priority::store);
+
+// What a worker is told by other threads.
+struct Adopt {  // a connected lane
+  std::uint32_t lane = 0;
+  std::unique_ptr<Stream> stream;
+  Clock::duration stall_timeout{};    // 0: none
+  Clock::duration health_interval{};  // 0: none
+};
+struct ConnectFailed {
+  std::uint32_t lane = 0;
+  Clock::duration delay{};  // before it is asked for again
+};
+struct Abandon {
+  // Shared: the batch may complete, and its caller drop it, before every worker has looked.
+  std::shared_ptr<Batch> batch;
+};
+struct Retire {};  // finish what is in flight, then drop the connections
+struct Stop {};
+using Message = std::variant<Adopt, ConnectFailed, Abandon, Retire, Stop>;
+
+class Inbox {
+ public:
+  EventFd event;
+  // Set by the worker before it looks for work and sleeps, read by whoever queues work. Both sides
+  // are sequentially consistent, and so is Schedule::queued_: either the worker sees the work, or
+  // the other side sees that it must wake the worker.
+  std::atomic<bool> asleep{false};
+  PrioritySet priorities = 0;  // what its lanes serve; immutable after start
+
+  void post(Message message);
+  std::vector<Message> take();
+
+ private:
+  std::mutex mutex_;
+  std::vector<Message> messages_;  // guarded by mutex_
+};
+
+struct LaneRequest {
+  std::uint32_t lane = 0;
+  std::uint32_t failures = 0;  // losses in a row, for the back-off
+};
+
+class Schedule {
+ public:
+  Schedule(std::size_t workers, std::vector<PrioritySet> lane_priorities);
+
+  // --- callers ---
+  Status submit(std::shared_ptr<Batch> batch, std::uint64_t id,
+                std::shared_ptr<CompletionQueue> queue, std::shared_ptr<const RetryPolicy> retry,
+                std::optional<Clock::time_point> deadline);
+  // Ends a batch early; it completes as soon as no worker can touch its memory any more. False if
+  // it was complete already.
+  bool abandon(std::uint64_t id, Status why);
+  void abandon_all(const Status& why);
+  // No batch is accepted any more, and those accepted are abandoned.
+  void close(const Status& why);
+  std::size_t batches() const;
+
+  // --- the connector thread ---
+  int connect_event() const noexcept { return connect_event_.fd(); }
+  void wake_connector() noexcept { connect_event_.signal(); }
+  std::vector<LaneRequest> take_connect_requests();
+  void connected(std::uint32_t lane);
+  // Nothing queued for a priority that no connection serves can go on: it fails.
+  void connect_failed(std::uint32_t lane, const Status& why, Clock::duration delay);
+
+  // --- workers ---
+  struct Run {  // operations [first, first + count) of one batch; count is 0 if there are none
+    Batch* batch = nullptr;  // stays alive until its operations are finished
+    std::uint32_t first = 0;
+    std::uint32_t count = 0;
+  };
+  // At most a fair share of what is queued, so that the tail of a batch is spread over all lanes.
+  Run pull(PrioritySet priorities, std::size_t max_requests, std::uint64_t max_bytes);
+  bool has_work(PrioritySet priorities) const noexcept;
+  // An operation that came back: queues it again if the batch's policy allows another attempt after
+  // `why`. `sent`: the server may have seen it. `counted`: it uses up an attempt. If false, the
+  // worker must answer or fail it.
+  bool requeue(Batch& batch, std::uint32_t index, bool sent, bool counted, Code why);
+  void fail(Batch& batch, const Status& why);
+  void finish(Batch& batch, std::size_t operations);
+  // Somebody may sleep who can carry what worker `from` was woken for and could not.
+  void pass_on(std::size_t from) noexcept;
+  void request_connection(LaneRequest request);
+  void lost(std::uint32_t lane);
+  // Deadlines are watched by one worker, the first.
+  std::optional<Clock::time_point> next_deadline() const;
+  void expire(Clock::time_point now);
+  void worker_died(const std::string& why);
+
+  std::size_t workers() const noexcept { return inboxes_.size(); }
+  Inbox& inbox(std::size_t worker) noexcept { return *inboxes_[worker]; }
+  Inbox& inbox_of_lane(std::uint32_t lane) noexcept { return *inboxes_[lane % inboxes_.size()]; }
+  std::uint32_t lanes() const noexcept { return static_cast<std::uint32_t>(lanes_.size()); }
+  PrioritySet lane_priorities(std::uint32_t lane) const noexcept { return lanes_[lane]; }
+
+  // Held while the set of open sockets changes, and across fork: a child finds them in order.
+  std::mutex& fork_mutex() noexcept { return fork_mutex_; }
+  void close_fds_after_fork() noexcept;
+
+ private:
+  using Batches = std::vector<std::shared_ptr<Batch>>;
+
+  void enqueue_locked(Batch& batch, std::size_t operations);
+  void abandon_batches(const Batches& batches, const Status& why);
+  bool served_locked(Priority priority) const noexcept;
+  std::size_t lanes_serving(Priority priority) const noexcept;
+  PrioritySet with_work() const noexcept;
+  // Up to `most` workers, from number `first` on, that serve one of `priorities`.
+  void wake_sleepers(PrioritySet priorities, std::size_t first, std::size_t most) noexcept;
+
+  // immutable after start
+  const std::vector<PrioritySet> lanes_;
+  std::vector<std::unique_ptr<Inbox>> inboxes_;
+  EventFd connect_event_;
+
+  std::mutex fork_mutex_;
+  mutable std::mutex mutex_;
+  // guarded by mutex_
+  Status refusal_;  // not ok: no batch is accepted any more
+  // Shared with the Python object that reads the outcomes after completion.
+  std::unordered_map<std::uint64_t, std::shared_ptr<Batch>> accepted_;
+  std::array<std::deque<Batch*>, kPriorities> queues_;
+  std::multimap<Clock::time_point, std::uint64_t> deadlines_;
+  std::vector<LaneRequest> connect_requests_;
+  std::vector<bool> connected_;  // by lane
+
+  // Operations queued, by priority. Written under mutex_; read without it as a hint whether pull
+  // is worth the lock (see Inbox::asleep).
+  std::array<std::atomic<std::size_t>, kPriorities> queued_{};
+};
+
+}  // namespace fastkv

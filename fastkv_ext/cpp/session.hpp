@@ -1,0 +1,158 @@
+// The protocol of one connection, without the connection: what to send, where the next bytes must
+// land, which operation each reply completes. No sockets, threads, clocks or locks, so a test or a
+// fuzzer can drive it. Single-threaded: a worker owns it.
+//
+// Bytes from the peer land in two places. Small things (heads, CRLFs, and what came with them) go
+// through the scratch; the rest of a value goes straight to the caller's memory:
+//
+//     $4\r\n d a t a \r\n $4\r\n ...           scratch: [0 .. begin_ .. end_ .. kScratchBytes)
+//     '----' '-----' '---------'                         parsed  unread  free
+//     scratch target  tail of the same readv: CRLF and the next head, no byte of the next body
+#pragma once
+
+#include <sys/uio.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "resp.hpp"
+#include "status.hpp"
+
+namespace fastkv {
+
+// A stretch of a caller's memory. A value is one or more of them, in order.
+struct Segment {
+  std::byte* data = nullptr;
+  std::size_t size = 0;
+};
+
+enum class Command : std::uint8_t { get, set, exists, unlink, ping };
+
+// Names an operation for its owner; the session only hands it back.
+struct Ticket {
+  void* owner = nullptr;  // null: the session's own (a health check)
+  std::uint32_t index = 0;
+};
+
+struct Operation {
+  Command command = Command::get;
+  Ticket ticket;
+  std::string_view key;                // read during push() only
+  std::span<const Segment> value;      // get, set: used until the operation completes
+  std::string_view set_options;        // set: arguments after the value, already RESP bulk strings
+  std::size_t set_option_count = 0;
+};
+
+struct Completed {
+  Ticket ticket;
+  Outcome outcome = Outcome::unanswered;
+  std::int64_t actual_bytes = 0;  // size_mismatch: the length of the value that the server has
+  std::string error;              // refused: the error line
+};
+
+class Session {
+ public:
+  static constexpr std::size_t kScratchBytes = 64 * 1024;
+  static constexpr std::size_t kMaxIov = 64;
+
+  Session();
+
+  // Appends a request. Its reply will be expected after those of all earlier ones.
+  void push(const Operation& operation);
+
+  // What to send next, in order; commit_write says how much of it went out.
+  std::span<const iovec> prepare_write() noexcept;
+  void commit_write(std::size_t bytes) noexcept;
+
+  // Where the next bytes must land; commit_read says how many came. A failure means that the peer
+  // does not speak our protocol: the connection must be dropped.
+  std::span<const iovec> prepare_read() noexcept;
+  Status commit_read(std::size_t bytes);
+
+  // What commit_read completed, oldest first. The caller clears it.
+  std::vector<Completed>& completed() noexcept { return completed_; }
+
+  // Gives up the memory of all operations of `owner`: it is neither read nor written afterwards.
+  // Their replies are discarded in step when they come. `usable` is false if a SET of theirs was
+  // not sent to its end: then the connection must be dropped.
+  struct Abandoned {
+    std::size_t released = 0;
+    bool usable = true;
+  };
+  Abandoned abandon(const void* owner) noexcept;
+
+  // The connection is gone: what was not completed, oldest first, and whether any byte of its
+  // request was sent. The session is as new afterwards.
+  struct Lost {
+    Ticket ticket;
+    bool sent = false;
+  };
+  std::vector<Lost> reset();
+
+  std::size_t requests() const noexcept { return waiting_.size(); }
+  // Value bytes asked for and not yet read, plus value bytes not yet sent.
+  std::uint64_t outstanding_bytes() const noexcept { return unread_ + unsent_; }
+  bool has_unsent() const noexcept { return written_ != queued_; }
+
+ private:
+  struct Waiting {
+    Ticket ticket;
+    Command command = Command::get;
+    bool abandoned = false;
+    std::uint64_t first_byte = 0;  // where the request begins and ends in the stream of all requests
+    std::uint64_t end_byte = 0;
+    std::span<const Segment> value;
+    std::uint64_t value_bytes = 0;
+  };
+  // A stretch of the request stream: bytes of heads_ (external is null) or of a caller's value.
+  struct Piece {
+    const std::byte* external = nullptr;
+    std::size_t offset = 0;
+    std::size_t size = 0;
+  };
+  enum class Reading : std::uint8_t { head, body, body_end };
+
+  void end_inline(std::size_t begin);
+  std::size_t head_target() const noexcept;
+  bool into_value() const noexcept;
+  void advance_value(std::size_t bytes) noexcept;
+  Status take_head(const ReplyHead& head);
+  Status protocol_error(std::string_view why) const;
+  void complete(Outcome outcome, std::int64_t actual_bytes = 0, std::string_view error = {});
+
+  std::deque<Waiting> waiting_;
+  std::vector<Completed> completed_;
+
+  // Sending.
+  std::string heads_;
+  std::deque<Piece> pieces_;
+  std::size_t piece_sent_ = 0;   // bytes of pieces_.front() that are out
+  std::uint64_t queued_ = 0;     // bytes of requests ever pushed, and ever written
+  std::uint64_t written_ = 0;
+  std::uint64_t unsent_ = 0;     // value bytes in pieces_ that are not out
+  std::array<iovec, kMaxIov> write_iov_;
+
+  // Receiving.
+  ReplyParser parser_;
+  Reading reading_ = Reading::head;
+  std::uint64_t body_left_ = 0;  // reading body: bytes still to come
+  bool discard_ = false;         // reading body: it fits nowhere, drop it
+  Outcome body_outcome_ = Outcome::unanswered;
+  std::int64_t body_bytes_ = 0;
+  std::size_t segment_ = 0;      // where the next body byte goes, in waiting_.front().value
+  std::size_t segment_at_ = 0;
+  std::uint64_t unread_ = 0;
+  std::unique_ptr<std::byte[]> scratch_;
+  std::size_t begin_ = 0;
+  std::size_t end_ = 0;
+  std::array<iovec, kMaxIov> read_iov_;
+};
+
+}  // namespace fastkv

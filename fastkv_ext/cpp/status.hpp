@@ -1,0 +1,41 @@
+// The vocabulary that every layer shares: what became of one key, what became of a batch or a
+// connection. Knows nothing of RESP, sockets or threads.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace fastkv {
+
+// What happened to a batch, a connection or a call. Crosses every layer and, as a number, the
+// border to Python (fastkv/errors.py gives each its exception).
+enum class Code : std::uint8_t {
+  ok,
+  closed,           // the engine was closed before the work was done
+  cancelled,        // the caller took the batch back
+  timed_out,        // the batch missed its own deadline
+  connect_failed,   // no connection could be made; the connector keeps the exception
+  connection_lost,  // reset or end of stream, and no retry was left
+  stalled,          // no byte moved for the socket time-out, and no retry was left
+  protocol_error,   // the peer did not speak RESP2, or answered another question
+  unknown_outcome,  // a conditional SET was lost after it had been sent: it cannot be repeated
+  internal_error,   // a worker died; the detail says of what
+};
+
+struct Status {
+  Code code = Code::ok;
+  std::string detail;
+
+  bool ok() const noexcept { return code == Code::ok; }
+};
+
+// What the server said about one key.
+enum class Outcome : std::uint8_t {
+  unanswered,
+  hit,            // the value is in its buffer, was stored, exists, or was deleted
+  miss,           // no such key, or a SET's NX or XX was not met
+  size_mismatch,  // the value has another length than its buffer
+  refused,        // an error reply
+};
+
+}  // namespace fastkv

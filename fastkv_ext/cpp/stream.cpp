@@ -1,0 +1,65 @@
+#include "stream.hpp"
+
+#include <fcntl.h>
+#include <sys/socket.h>
+
+#include <cerrno>
+#include <cstring>
+#include <string>
+#include <utility>
+
+namespace fastkv {
+namespace {
+
+Stream::Moved failed(const char* doing) noexcept {
+  const int error = errno;
+  if (error == EAGAIN || error == EWOULDBLOCK) return {};
+  try {
+    return {0,
+            {Code::connection_lost, std::string("Error ") + std::to_string(error) + " while " +
+                                        doing + " socket. " + std::strerror(error) + "."}};
+  } catch (...) {
+    return {0, {Code::connection_lost, {}}};
+  }
+}
+
+msghdr message(std::span<const iovec> parts) noexcept {
+  msghdr header{};
+  header.msg_iov = const_cast<iovec*>(parts.data());  // the kernel does not write to it
+  header.msg_iovlen = parts.size();
+  return header;
+}
+
+}  // namespace
+
+SocketStream::SocketStream(UniqueFd socket) : socket_(std::move(socket)) {
+  const int flags = ::fcntl(socket_.get(), F_GETFL);
+  if (flags < 0 || ::fcntl(socket_.get(), F_SETFL, flags | O_NONBLOCK) < 0) {
+    throw std::system_error(errno, std::generic_category(), "fcntl");
+  }
+}
+
+SocketStream::~SocketStream() {
+  if (socket_) ::shutdown(socket_.get(), SHUT_RDWR);
+}
+
+Stream::Moved SocketStream::read(std::span<const iovec> into) noexcept {
+  msghdr header = message(into);
+  for (;;) {
+    const ssize_t count = ::recvmsg(socket_.get(), &header, 0);
+    if (count > 0) return {static_cast<std::size_t>(count), {}};
+    if (count == 0) return {0, {Code::connection_lost, "Connection closed by server."}};
+    if (errno != EINTR) return failed("reading from");
+  }
+}
+
+Stream::Moved SocketStream::write(std::span<const iovec> from) noexcept {
+  msghdr header = message(from);
+  for (;;) {
+    const ssize_t count = ::sendmsg(socket_.get(), &header, MSG_NOSIGNAL);
+    if (count >= 0) return {static_cast<std::size_t>(count), {}};
+    if (errno != EINTR) return failed("writing to");
+  }
+}
+
+}  // namespace fastkv

@@ -1,0 +1,49 @@
+// A non-blocking byte stream to a peer. Knows nothing of RESP. The one place where EINTR, EAGAIN
+// and end of stream are told apart.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <cstddef>
+#include <span>
+
+#include "fd.hpp"
+#include "status.hpp"
+
+namespace fastkv {
+
+class Stream {
+ public:
+  // ok with bytes == 0: nothing can be moved now, wait for the descriptor. A count below what was
+  // asked for is normal. connection_lost: the peer closed or reset.
+  struct Moved {
+    std::size_t bytes = 0;
+    Status status;
+  };
+
+  virtual ~Stream() = default;
+  virtual int fd() const noexcept = 0;
+  virtual Moved read(std::span<const iovec> into) noexcept = 0;
+  virtual Moved write(std::span<const iovec> from) noexcept = 0;
+  // For a child after fork: gives the descriptor back, the parent's connection lives on.
+  virtual void close_after_fork() noexcept = 0;
+};
+
+// TCP or unix socket.
+class SocketStream final : public Stream {
+ public:
+  // Takes over a connected socket. Throws std::system_error if it cannot be made non-blocking.
+  explicit SocketStream(UniqueFd socket);
+  // Shuts the connection down, so that it ends even if a forked child still holds the socket.
+  ~SocketStream() override;
+
+  int fd() const noexcept override { return socket_.get(); }
+  Moved read(std::span<const iovec> into) noexcept override;
+  Moved write(std::span<const iovec> from) noexcept override;
+  void close_after_fork() noexcept override { socket_.reset(); }
+
+ private:
+  UniqueFd socket_;
+};
+
+}  // namespace fastkv

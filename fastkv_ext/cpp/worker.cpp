@@ -1,0 +1,367 @@
+#include "worker.hpp"
+
+#include <pthread.h>
+#include <sys/epoll.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <csignal>
+#include <exception>
+#include <string_view>
+#include <system_error>
+#include <utility>
+
+namespace fastkv {
+namespace {
+
+// What one connection may read before the others have a turn.
+constexpr std::size_t kReadBudget = 4 * 1024 * 1024;
+
+}  // namespace
+
+Worker::Worker(std::size_t index, Schedule& schedule, Window window)
+    : index_(index), schedule_(schedule), window_(window), epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
+  if (!epoll_) throw std::system_error(errno, std::generic_category(), "epoll_create1");
+  epoll_event event{.events = EPOLLIN, .data = {.ptr = nullptr}};
+  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, schedule_.inbox(index_).event.fd(), &event) < 0) {
+    throw std::system_error(errno, std::generic_category(), "epoll_ctl");
+  }
+  for (std::uint32_t number = 0; number < schedule_.lanes(); ++number) {
+    if (number % schedule_.workers() != index_) continue;
+    auto lane = std::make_unique<Lane>();
+    lane->number = number;
+    lane->priorities = schedule_.lane_priorities(number);
+    lanes_.push_back(std::move(lane));
+  }
+}
+
+void Worker::start() {
+  // Signals are for the threads of the application.
+  sigset_t all;
+  sigset_t before;
+  ::sigfillset(&all);
+  ::pthread_sigmask(SIG_SETMASK, &all, &before);
+  try {
+    thread_ = std::thread(&Worker::run, this);
+  } catch (...) {
+    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    throw;
+  }
+  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+void Worker::join() {
+  if (thread_.joinable()) thread_.join();
+}
+
+void Worker::run() noexcept {
+  ::pthread_setname_np(::pthread_self(), "fastkv-worker");
+  const auto end = [this](const Status& why) {
+    for (const auto& lane : lanes_) {
+      if (lane->state == State::connected) lose(*lane, why, false);
+    }
+    flush_finished();
+  };
+  try {
+    loop();
+    // close() abandoned every batch before it stopped us: nothing is queued again.
+    end({Code::closed, {}});
+  } catch (const std::exception& error) {
+    schedule_.worker_died(error.what());
+    end({Code::internal_error, error.what()});
+  } catch (...) {
+    schedule_.worker_died("unknown exception in a worker");
+    end({Code::internal_error, {}});
+  }
+}
+
+void Worker::loop() {
+  Inbox& inbox = schedule_.inbox(index_);
+  std::array<epoll_event, 64> events;
+  bool woken = false;
+  for (;;) {
+    flush_finished();  // before new work: somebody waits for it
+    now_ = Clock::now();
+    // From here on whoever queues work wakes us: see Inbox::asleep.
+    inbox.asleep = true;
+    std::size_t fed = 0;
+    for (const auto& lane : lanes_) fed += feed(*lane);
+    if (woken && fed == 0 && schedule_.has_work(inbox.priorities)) schedule_.pass_on(index_);
+    const int count = ::epoll_wait(epoll_.get(), events.data(), events.size(), next_timeout());
+    if (count < 0 && errno != EINTR) {
+      throw std::system_error(errno, std::generic_category(), "epoll_wait");
+    }
+    inbox.asleep = false;
+    now_ = Clock::now();
+    woken = false;
+    for (int i = 0; i < count; ++i) {
+      const epoll_event& event = events[static_cast<std::size_t>(i)];
+      auto* const lane = static_cast<Lane*>(event.data.ptr);
+      if (!lane) {
+        woken = true;
+        continue;
+      }
+      if (lane->stream && (event.events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0) receive(*lane);
+      if (lane->stream && (event.events & EPOLLOUT) != 0) transmit(*lane);
+    }
+    if (woken) {
+      inbox.event.clear();  // before the messages are taken: a later one signals again
+      if (!handle_messages()) return;
+    }
+    check_stalls();
+    if (index_ == 0) schedule_.expire(now_);
+  }
+}
+
+// False: stop.
+bool Worker::handle_messages() {
+  for (Message& message : schedule_.inbox(index_).take()) {
+    if (auto* adopted = std::get_if<Adopt>(&message)) {
+      adopt(*lane_of(adopted->lane), std::move(*adopted));
+    } else if (const auto* failed = std::get_if<ConnectFailed>(&message)) {
+      Lane& lane = *lane_of(failed->lane);
+      lane.state = State::absent;
+      lane.retry_at = now_ + failed->delay;
+    } else if (const auto* abandoned = std::get_if<Abandon>(&message)) {
+      abandon(*abandoned->batch);
+    } else if (std::holds_alternative<Retire>(message)) {
+      for (const auto& lane : lanes_) lane->retiring = lane->state == State::connected;
+    } else {
+      return false;
+    }
+  }
+  return true;
+}
+
+void Worker::adopt(Lane& lane, Adopt&& message) {
+  epoll_event event{.events = EPOLLIN, .data = {.ptr = &lane}};
+  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, message.stream->fd(), &event) < 0) {
+    throw std::system_error(errno, std::generic_category(), "epoll_ctl");
+  }
+  {
+    std::lock_guard lock(schedule_.fork_mutex());
+    lane.stream = std::move(message.stream);
+  }
+  lane.state = State::connected;
+  lane.retiring = lane.checking = lane.polls_write = false;
+  lane.stall_timeout = message.stall_timeout;
+  lane.health_interval = message.health_interval;
+  lane.progress = now_;
+}
+
+void Worker::receive(Lane& lane) {
+  for (std::size_t total = 0; total < kReadBudget;) {
+    const auto target = lane.session.prepare_read();
+    std::size_t room = 0;
+    for (const iovec& part : target) room += part.iov_len;
+    const auto moved = lane.stream->read(target);
+    if (!moved.status.ok()) return lose(lane, moved.status, true);
+    if (moved.bytes == 0) return;
+    lane.progress = now_;
+    const Status status = lane.session.commit_read(moved.bytes);
+    settle(lane);
+    if (!lane.stream) return;  // a reply said that the connection must go
+    if (!status.ok()) return lose(lane, status, true);
+    // A short read emptied the socket; the next would only say EAGAIN. So would one after the
+    // last reply.
+    if (moved.bytes < room || lane.session.requests() == 0) return;
+    total += moved.bytes;
+  }
+}
+
+void Worker::transmit(Lane& lane) {
+  while (lane.session.has_unsent()) {
+    const auto source = lane.session.prepare_write();
+    const auto moved = lane.stream->write(source);
+    if (!moved.status.ok()) {
+      // The peer may have said why before it closed; what it answered still counts.
+      receive(lane);
+      if (lane.stream) lose(lane, moved.status, true);
+      return;
+    }
+    if (moved.bytes == 0) break;
+    lane.progress = now_;
+    lane.session.commit_write(moved.bytes);
+  }
+  const bool poll_write = lane.session.has_unsent();
+  if (poll_write == lane.polls_write) return;
+  epoll_event event{.events = EPOLLIN, .data = {.ptr = &lane}};
+  if (poll_write) event.events |= EPOLLOUT;
+  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, lane.stream->fd(), &event) < 0) {
+    throw std::system_error(errno, std::generic_category(), "epoll_ctl");
+  }
+  lane.polls_write = poll_write;
+}
+
+// Hands what the session completed to its batches.
+void Worker::settle(Lane& lane) {
+  Status drop;
+  for (Completed& completed : lane.session.completed()) {
+    const bool refused = completed.outcome == Outcome::refused;
+    if (!completed.ticket.owner) {  // a health check
+      lane.checking = false;
+      if (refused && drop.ok()) drop = {Code::connection_lost, std::move(completed.error)};
+      continue;
+    }
+    auto& batch = *static_cast<Batch*>(completed.ticket.owner);
+    const std::uint32_t index = completed.ticket.index;
+    if (refused && batch.retried_by_policy(completed.error)) {
+      if (drop.ok()) drop = {Code::connection_lost, completed.error};
+      // An error reply says that the command did not run, so even a conditional SET may go again.
+      if (schedule_.requeue(batch, index, false, true, Code::connection_lost)) continue;
+    } else {
+      lane.failures = 0;
+    }
+    if (completed.outcome == Outcome::hit || completed.outcome == Outcome::miss) {
+      batch.answer(index, completed.outcome);
+    } else {
+      batch.answer(std::move(completed));
+    }
+    finished(&batch);
+  }
+  lane.session.completed().clear();
+  if (!drop.ok()) lose(lane, drop, true);
+}
+
+// Gives a lane with room what the schedule has for it. Returns the number of operations.
+std::size_t Worker::feed(Lane& lane) {
+  if (lane.state == State::connected && lane.retiring && lane.session.requests() == 0) {
+    lose(lane, {Code::closed, {}}, false);
+  }
+  if (!schedule_.has_work(lane.priorities)) return 0;
+  if (lane.state == State::absent && now_ >= lane.retry_at) {
+    lane.state = State::requested;
+    schedule_.request_connection({lane.number, lane.failures});
+  }
+  if (lane.state != State::connected || lane.retiring || lane.checking) return 0;
+  Session& session = lane.session;
+  const bool idle = session.requests() == 0;
+  if (idle && lane.health_interval.count() > 0 && now_ - lane.progress > lane.health_interval) {
+    lane.checking = true;
+    session.push({.command = Command::ping});
+    lane.progress = now_;
+    transmit(lane);
+    return 0;
+  }
+  std::size_t fed = 0;
+  while (session.requests() < window_.requests && session.outstanding_bytes() < window_.bytes) {
+    const auto run = schedule_.pull(lane.priorities, window_.requests - session.requests(),
+                                    window_.bytes - session.outstanding_bytes());
+    if (run.count == 0) break;
+    for (std::uint32_t i = 0; i < run.count; ++i) {
+      session.push(run.batch->operation(run.first + i));
+    }
+    fed += run.count;
+  }
+  if (fed == 0) return 0;
+  if (idle) lane.progress = now_;
+  // Otherwise epoll says when the socket takes more.
+  if (!lane.polls_write) transmit(lane);
+  return fed;
+}
+
+// Drops the connection. Its operations go back to the queue as far as their policy allows.
+// `counted`: the loss is the connection's fault, and uses up an attempt of each.
+void Worker::lose(Lane& lane, const Status& why, bool counted) {
+  {
+    std::lock_guard lock(schedule_.fork_mutex());
+    lane.stream.reset();  // also leaves the epoll set
+  }
+  lane.state = State::absent;
+  lane.retiring = lane.checking = lane.polls_write = false;
+  schedule_.lost(lane.number);
+  const auto lost = lane.session.reset();
+  if (counted && !lost.empty()) ++lane.failures;
+  for (const auto& operation : lost) {
+    auto& batch = *static_cast<Batch*>(operation.ticket.owner);
+    if (why.code != Code::protocol_error &&
+        schedule_.requeue(batch, operation.ticket.index, operation.sent, counted, why.code)) {
+      continue;
+    }
+    if (operation.sent && !batch.repeatable() && why.code != Code::protocol_error) {
+      schedule_.fail(batch, {Code::unknown_outcome, why.detail});
+    } else {
+      schedule_.fail(batch, why);
+    }
+  }
+}
+
+void Worker::abandon(const Batch& batch) {
+  // Counted operations of the batch must be out before its last ones are.
+  flush_finished();
+  for (const auto& lane : lanes_) {
+    if (lane->state != State::connected) continue;
+    const auto abandoned = lane->session.abandon(&batch);
+    if (abandoned.released == 0) continue;
+    if (!abandoned.usable) lose(*lane, {Code::cancelled, {}}, false);
+    schedule_.finish(const_cast<Batch&>(batch), abandoned.released);
+  }
+}
+
+void Worker::finished(Batch* batch) {
+  if (batch != finished_batch_) {
+    flush_finished();
+    finished_batch_ = batch;
+  }
+  ++finished_count_;
+}
+
+void Worker::flush_finished() {
+  if (finished_count_ == 0) return;
+  schedule_.finish(*std::exchange(finished_batch_, nullptr), std::exchange(finished_count_, 0));
+}
+
+// --- clock -------------------------------------------------------------------------------------
+
+int Worker::next_timeout() const {
+  std::optional<Clock::time_point> next;
+  const auto consider = [&next](Clock::time_point at) {
+    if (!next || at < *next) next = at;
+  };
+  for (const auto& lane : lanes_) {
+    if (lane->state == State::connected && lane->session.requests() > 0 &&
+        lane->stall_timeout.count() > 0) {
+      consider(lane->progress + lane->stall_timeout);
+    }
+    if (lane->state == State::absent && lane->retry_at > now_ &&
+        schedule_.has_work(lane->priorities)) {
+      consider(lane->retry_at);
+    }
+  }
+  if (index_ == 0) {
+    if (const auto deadline = schedule_.next_deadline()) consider(*deadline);
+  }
+  if (!next) return -1;
+  if (*next <= now_) return 0;
+  // Rounded up, or the loop would spin through the last millisecond.
+  const auto left = std::chrono::ceil<std::chrono::milliseconds>(*next - now_).count();
+  return static_cast<int>(std::min<std::int64_t>(left, 60'000));
+}
+
+void Worker::check_stalls() {
+  for (const auto& lane : lanes_) {
+    if (lane->state != State::connected || lane->session.requests() == 0 ||
+        lane->stall_timeout.count() == 0 || now_ - lane->progress < lane->stall_timeout) {
+      continue;
+    }
+    const bool writing = lane->session.has_unsent();
+    lose(*lane, {Code::stalled, writing ? "Timeout writing to socket" : "Timeout reading from socket"},
+         true);
+  }
+}
+
+Worker::Lane* Worker::lane_of(std::uint32_t number) noexcept {
+  const auto it = std::find_if(lanes_.begin(), lanes_.end(),
+                               [&](const auto& lane) { return lane->number == number; });
+  return it->get();
+}
+
+void Worker::close_fds_after_fork() noexcept {
+  epoll_.reset();
+  for (const auto& lane : lanes_) {
+    if (lane->stream) lane->stream->close_after_fork();
+  }
+}
+
+}  // namespace fastkv

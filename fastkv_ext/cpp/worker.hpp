@@ -1,0 +1,88 @@
+// One thread with its epoll set, its connections and its clock: the only loop. Pulls operations
+// from the Schedule for every connection with room, moves bytes between Stream and Session, and
+// reports what completed. Never calls Python.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "batch.hpp"
+#include "fd.hpp"
+#include "schedule.hpp"
+#include "session.hpp"
+#include "stream.hpp"
+
+namespace fastkv {
+
+// How much a connection may carry at once.
+struct Window {
+  std::uint64_t bytes = 0;
+  std::size_t requests = 0;
+};
+
+class Worker {
+ public:
+  // Serves the lanes whose number is `index` modulo the number of workers.
+  Worker(std::size_t index, Schedule& schedule, Window window);
+
+  void start();
+  void join();
+  // In a child after fork, where the thread does not exist.
+  void close_fds_after_fork() noexcept;
+
+ private:
+  enum class State : std::uint8_t { absent, requested, connected };
+  // One connection for as long as the engine lives, through all its reconnects.
+  struct Lane {
+    std::uint32_t number = 0;
+    PrioritySet priorities = 0;
+    State state = State::absent;
+    std::unique_ptr<Stream> stream;  // changes under Schedule::fork_mutex
+    Session session;
+    bool retiring = false;           // pull no more, and drop it when it is idle
+    bool checking = false;           // a health check is on its way; pull when it is answered
+    bool polls_write = false;        // registered for EPOLLOUT
+    std::uint32_t failures = 0;      // losses since the last good reply
+    Clock::duration stall_timeout{};
+    Clock::duration health_interval{};
+    Clock::time_point progress;      // when a byte last moved, or the wait for one began
+    Clock::time_point retry_at;      // absent: not to be asked for before
+  };
+
+  void run() noexcept;
+  void loop();
+  bool handle_messages();
+  void adopt(Lane& lane, Adopt&& message);
+  void receive(Lane& lane);
+  void transmit(Lane& lane);
+  void settle(Lane& lane);
+  std::size_t feed(Lane& lane);
+  void lose(Lane& lane, const Status& why, bool counted);
+  void abandon(const Batch& batch);
+  int next_timeout() const;
+  void check_stalls();
+  void finished(Batch* batch);
+  void flush_finished();
+  Lane* lane_of(std::uint32_t number) noexcept;
+
+  const std::size_t index_;
+  Schedule& schedule_;
+  const Window window_;
+  UniqueFd epoll_;
+  std::thread thread_;
+
+  // worker thread only
+  std::vector<std::unique_ptr<Lane>> lanes_;  // lookup lanes first
+  Clock::time_point now_;
+  // Finished operations of one batch, counted here first: one atomic for many replies.
+  Batch* finished_batch_ = nullptr;
+  std::size_t finished_count_ = 0;
+};
+
+}  // namespace fastkv
