@@ -167,14 +167,7 @@ class Node:
         seconds = commands.check_timeout(timeout)
         if len(batch) == 0:
             return []
-        try:
-            queue = self._idle.pop()
-        except IndexError:
-            queue = CompletionQueue()
-        code = self._engine.run(batch, queue, self._retry_policy(), seconds)
-        # Not in a finally: after an exception the queue is not worth keeping.
-        if not self.closed:
-            self._idle.append(queue)
+        code = self._block_on(batch, seconds)
         self._check_accepted(code, batch)
         return self._finish(batch, seconds)
 
@@ -257,8 +250,10 @@ class Node:
                 loop.call_soon_threadsafe(_leave_loop, loop, fd, queue, done)
             except RuntimeError:
                 pass  # closed: nobody waits there
+        self._futures = None
         self._loops.clear()
         self._idle.clear()
+        self._engine.close_fds()
 
     def close_after_fork(self) -> None:
         """In a child: only descriptors are left of us."""
@@ -278,6 +273,17 @@ class Node:
         self._futures = None
 
     # --- details ------------------------------------------------------------------------
+
+    def _block_on(self, batch: Batch, seconds: float) -> int:
+        try:
+            queue = self._idle.pop()
+        except IndexError:
+            queue = CompletionQueue()
+        code = self._engine.run(batch, queue, self._retry_policy(), seconds)
+        # Not in a finally: after an interrupt the queue is not worth keeping.
+        if not self.closed:
+            self._idle.append(queue)
+        return code
 
     def _retry_policy(self) -> RetryPolicy:
         """Of the pool's settings of this moment: `set_retry` may change them."""

@@ -449,6 +449,11 @@ cdef class Engine:
         with nogil:
             self.cpp.close()
 
+    def close_fds(self):
+        """Give all descriptors back: after `close`, and when the connector has ended."""
+        with nogil:
+            self.cpp.close_fds()
+
     def retire_connections(self):
         """Let every connection end once it is idle; the next batch opens new ones."""
         with nogil:

@@ -134,6 +134,7 @@ cdef extern from "engine.hpp" namespace "fastkv" nogil:
         ) except +
         void cancel(uint64_t) except +
         void close() except +
+        void close_fds() except +
         void retire_connections() except +
         size_t batches() except +
         int connect_event() noexcept

@@ -1,1 +1,52 @@
-def main() -> None: ...
+"""The `fastkv` command. Each subcommand is a module of this package.
+
+Needs nothing of the `cli` extra until the command runs: `private_server` works without
+it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+_EXTRA = ("numpy", "rich", "typer")
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `fastkv` script."""
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"The fastkv command needs {', '.join(missing)}: pip install 'fastkv[cli]'"
+        )
+    import typer
+
+    from fastkv._version import __version__
+    from fastkv.cli.demo import demo
+
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        # Locals in a traceback would show the password of a URL.
+        pretty_exceptions_show_locals=False,
+    )
+
+    def print_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"fastkv {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def options(
+        version: bool = typer.Option(
+            False,
+            "--version",
+            is_eager=True,
+            callback=print_version,
+            help="Show the version and exit.",
+        ),
+    ) -> None:
+        """The Redis client for LLM KV caches."""
+
+    app.command()(demo)
+    app()

@@ -55,7 +55,15 @@ void Engine::close() {
   schedule_.wake_connector();
 }
 
+void Engine::close_fds() {
+  std::lock_guard lock(close_mutex_);
+  workers_.clear();
+  schedule_.close_fds();
+}
+
 void Engine::retire_connections() {
+  std::lock_guard lock(close_mutex_);
+  if (closed_) return;
   for (std::size_t i = 0; i < workers_.size(); ++i) schedule_.inbox(i).post(Retire{});
 }
 

@@ -32,6 +32,8 @@ class Engine {
   void cancel(std::uint64_t id);
   // Idempotent. Every accepted batch has completed, and no thread runs, when it returns.
   void close();
+  // Gives all descriptors back. After close(), and when the connector has ended.
+  void close_fds();
   // Lets every connection end once it is idle; the next batch opens new ones.
   void retire_connections();
   std::size_t batches() const { return schedule_.batches(); }

@@ -58,7 +58,7 @@ class EventFd {
     }
   }
 
-  // For a child after fork: gives the descriptor back without disturbing the parent's.
+  // Gives the descriptor back; a signal is lost from then on.
   void close() noexcept { fd_.reset(); }
 
  private:

@@ -6,14 +6,24 @@
 namespace fastkv {
 
 void Inbox::post(Message message) {
-  {
-    std::lock_guard lock(mutex_);
-    messages_.push_back(std::move(message));
-  }
-  event.signal();
+  std::lock_guard lock(mutex_);
+  messages_.push_back(std::move(message));
+  event_.signal();
+}
+
+void Inbox::wake() noexcept {
+  std::lock_guard lock(mutex_);
+  event_.signal();
+}
+
+void Inbox::close() noexcept {
+  std::lock_guard lock(mutex_);
+  event_.close();
+  messages_.clear();
 }
 
 std::vector<Message> Inbox::take() {
+  event_.clear();
   std::lock_guard lock(mutex_);
   return std::exchange(messages_, {});
 }
@@ -54,7 +64,7 @@ Status Schedule::submit(std::shared_ptr<Batch> batch, std::uint64_t id,
   }
   wake_sleepers(priority_bit(priority), 0, operations);
   // The first worker must look at its clock again.
-  if (deadline) inbox(0).event.signal();
+  if (deadline) inbox(0).wake();
   return {};
 }
 
@@ -120,6 +130,11 @@ std::vector<LaneRequest> Schedule::take_connect_requests() {
   connect_event_.clear();  // before the swap: a request after it signals again
   std::lock_guard lock(mutex_);
   return std::exchange(connect_requests_, {});
+}
+
+void Schedule::wake_connector() noexcept {
+  std::lock_guard lock(mutex_);
+  connect_event_.signal();
 }
 
 void Schedule::connected(std::uint32_t lane) {
@@ -264,7 +279,7 @@ void Schedule::wake_sleepers(PrioritySet priorities, std::size_t first,
   for (std::size_t i = first; i < inboxes_.size() && most > 0; ++i) {
     if ((inboxes_[i]->priorities & priorities) == 0) continue;
     if (!inboxes_[i]->asleep.exchange(false)) continue;
-    inboxes_[i]->event.signal();
+    inboxes_[i]->wake();
     --most;
   }
 }
@@ -273,10 +288,8 @@ void Schedule::wake_sleepers(PrioritySet priorities, std::size_t first,
 void Schedule::pass_on(std::size_t from) noexcept { wake_sleepers(with_work(), from + 1, 1); }
 
 void Schedule::request_connection(LaneRequest request) {
-  {
-    std::lock_guard lock(mutex_);
-    connect_requests_.push_back(request);
-  }
+  std::lock_guard lock(mutex_);
+  connect_requests_.push_back(request);
   connect_event_.signal();
 }
 
@@ -307,8 +320,14 @@ void Schedule::expire(Clock::time_point now) {
 
 void Schedule::worker_died(const std::string& why) { close({Code::internal_error, why}); }
 
+void Schedule::close_fds() noexcept {
+  for (const auto& inbox : inboxes_) inbox->close();
+  std::lock_guard lock(mutex_);
+  connect_event_.close();
+}
+
 void Schedule::close_fds_after_fork() noexcept {
-  for (const auto& inbox : inboxes_) inbox->event.close();
+  for (const auto& inbox : inboxes_) inbox->close_after_fork();
   connect_event_.close();
 }
 

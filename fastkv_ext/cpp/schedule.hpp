@@ -52,7 +52,6 @@ using Message = std::variant<Adopt, ConnectFailed, Abandon, Retire, Stop>;
 
 class Inbox {
  public:
-  EventFd event;
   // Set by the worker before it looks for work and sleeps, read by whoever queues work. Both sides
   // are sequentially consistent, and so is Schedule::queued_: either the worker sees the work, or
   // the other side sees that it must wake the worker.
@@ -60,9 +59,19 @@ class Inbox {
   PrioritySet priorities = 0;  // what its lanes serve; immutable after start
 
   void post(Message message);
+  void wake() noexcept;
+  // The worker's: a descriptor to sleep on, and what came. Clears the wake-up first, so that a
+  // later message signals again.
+  int fd() const noexcept { return event_.fd(); }
   std::vector<Message> take();
+  // No wake-up afterwards. Under the mutex, because a caller that is late with one must not write
+  // to a descriptor that is somebody else's by then.
+  void close() noexcept;
+  // In a child, where a thread that holds the mutex does not exist.
+  void close_after_fork() noexcept { event_.close(); }
 
  private:
+  EventFd event_;  // signalled and closed under mutex_
   std::mutex mutex_;
   std::vector<Message> messages_;  // guarded by mutex_
 };
@@ -90,7 +99,7 @@ class Schedule {
 
   // --- the connector thread ---
   int connect_event() const noexcept { return connect_event_.fd(); }
-  void wake_connector() noexcept { connect_event_.signal(); }
+  void wake_connector() noexcept;
   std::vector<LaneRequest> take_connect_requests();
   void connected(std::uint32_t lane);
   // Nothing queued for a priority that no connection serves can go on: it fails.
@@ -128,6 +137,8 @@ class Schedule {
 
   // Held while the set of open sockets changes, and across fork: a child finds them in order.
   std::mutex& fork_mutex() noexcept { return fork_mutex_; }
+  // When no worker and no connector runs any more.
+  void close_fds() noexcept;
   void close_fds_after_fork() noexcept;
 
  private:
@@ -144,10 +155,10 @@ class Schedule {
   // immutable after start
   const std::vector<PrioritySet> lanes_;
   std::vector<std::unique_ptr<Inbox>> inboxes_;
-  EventFd connect_event_;
 
   std::mutex fork_mutex_;
   mutable std::mutex mutex_;
+  EventFd connect_event_;  // signalled and closed under mutex_
   // guarded by mutex_
   Status refusal_;  // not ok: no batch is accepted any more
   // Shared with the Python object that reads the outcomes after completion.

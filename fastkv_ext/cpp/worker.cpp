@@ -24,7 +24,7 @@ Worker::Worker(std::size_t index, Schedule& schedule, Window window)
     : index_(index), schedule_(schedule), window_(window), epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
   if (!epoll_) throw std::system_error(errno, std::generic_category(), "epoll_create1");
   epoll_event event{.events = EPOLLIN, .data = {.ptr = nullptr}};
-  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, schedule_.inbox(index_).event.fd(), &event) < 0) {
+  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, schedule_.inbox(index_).fd(), &event) < 0) {
     throw std::system_error(errno, std::generic_category(), "epoll_ctl");
   }
   for (std::uint32_t number = 0; number < schedule_.lanes(); ++number) {
@@ -105,10 +105,7 @@ void Worker::loop() {
       if (lane->stream && (event.events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0) receive(*lane);
       if (lane->stream && (event.events & EPOLLOUT) != 0) transmit(*lane);
     }
-    if (woken) {
-      inbox.event.clear();  // before the messages are taken: a later one signals again
-      if (!handle_messages()) return;
-    }
+    if (woken && !handle_messages()) return;
     check_stalls();
     if (index_ == 0) schedule_.expire(now_);
   }

@@ -1,0 +1,51 @@
+// A test program is a main that calls functions whose names are sentences. CHECK says where and
+// what failed, and the program goes on to the next test and exits with 1.
+#pragma once
+
+#include <cstdio>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace check {
+
+struct Test {
+  const char* name;
+  void (*run)();
+};
+
+inline std::vector<Test>& tests() {
+  static std::vector<Test> all;
+  return all;
+}
+
+struct Register {
+  Register(const char* name, void (*run)()) { tests().push_back({name, run}); }
+};
+
+inline int run_all() {
+  int failed = 0;
+  for (const Test& test : tests()) {
+    try {
+      test.run();
+    } catch (const std::exception& error) {
+      std::printf("FAILED %s: %s\n", test.name, error.what());
+      ++failed;
+    }
+  }
+  std::printf("%zu passed, %d failed\n", tests().size() - static_cast<std::size_t>(failed), failed);
+  return failed == 0 ? 0 : 1;
+}
+
+inline void check(bool ok, const char* what, const char* file, int line) {
+  if (!ok) throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": " + what);
+}
+
+}  // namespace check
+
+#define CHECK(condition) ::check::check((condition), #condition, __FILE__, __LINE__)
+#define TEST(name)                                      \
+  static void name();                                   \
+  static const ::check::Register name##_test(#name, name); \
+  static void name()

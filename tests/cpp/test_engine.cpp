@@ -1,0 +1,329 @@
+// The whole engine against peers at the other end of socket pairs: many callers, lost
+// connections, cancelled batches, close. No Python, so that thread sanitizers see everything.
+#include <poll.h>
+#include <sys/socket.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <map>
+#include <random>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.hpp"
+#include "engine.hpp"
+
+using namespace fastkv;
+
+namespace {
+
+constexpr std::size_t kValueBytes = 3000;
+
+std::string value_of(std::string_view key) {
+  std::string value;
+  while (value.size() < kValueBytes) value += std::string(key) + ".";
+  value.resize(kValueBytes);
+  return value;
+}
+
+// Answers GET (keys that start with "k" exist), SET, EXISTS and UNLINK; drops the connection after
+// `lifetime` requests, in the middle of a reply.
+void serve(UniqueFd socket, std::size_t lifetime) {
+  std::string in;
+  char chunk[8192];
+  std::size_t requests = 0;
+  const auto line = [&](std::size_t& at) -> std::optional<std::string> {
+    const std::size_t end = in.find("\r\n", at);
+    if (end == std::string::npos) return std::nullopt;
+    std::string text = in.substr(at, end - at);
+    at = end + 2;
+    return text;
+  };
+  const auto say = [&](std::string_view text) {
+    while (!text.empty()) {
+      const ssize_t count = ::send(socket.get(), text.data(), text.size(), MSG_NOSIGNAL);
+      if (count <= 0) return false;
+      text.remove_prefix(static_cast<std::size_t>(count));
+    }
+    return true;
+  };
+  for (;;) {
+    const ssize_t count = ::recv(socket.get(), chunk, sizeof chunk, 0);
+    if (count <= 0) return;
+    in.append(chunk, static_cast<std::size_t>(count));
+    for (;;) {
+      std::size_t at = 0;
+      auto head = line(at);
+      if (!head) break;
+      std::vector<std::string> words;
+      const int total = std::stoi(head->substr(1));
+      while (static_cast<int>(words.size()) < total) {
+        auto size = line(at);
+        if (!size) break;
+        const auto bytes = static_cast<std::size_t>(std::stoul(size->substr(1)));
+        if (in.size() < at + bytes + 2) break;
+        words.push_back(in.substr(at, bytes));
+        at += bytes + 2;
+      }
+      if (static_cast<int>(words.size()) < total) break;
+      in.erase(0, at);
+      std::string reply;
+      if (words[0] == "GET") {
+        const std::string value = value_of(words[1]);
+        reply = words[1][0] == 'k' ? "$" + std::to_string(value.size()) + "\r\n" + value + "\r\n"
+                                   : "$-1\r\n";
+      } else if (words[0] == "SET") {
+        reply = words[2] == value_of(words[1]) ? "+OK\r\n" : "-ERR wrong bytes\r\n";
+      } else {
+        reply = words[1][0] == 'k' ? ":1\r\n" : ":0\r\n";
+      }
+      if (++requests > lifetime) {
+        say(std::string_view(reply).substr(0, reply.size() / 2));
+        return;
+      }
+      if (!say(reply)) return;
+    }
+  }
+}
+
+// Gives the engine a socket pair for each connection that it wants.
+class Connector {
+ public:
+  Connector(Engine& engine, std::size_t lifetime) : engine_(engine), lifetime_(lifetime) {
+    thread_ = std::thread([this] { run(); });
+  }
+  ~Connector() {
+    stop_ = true;
+    engine_.wake_connector();
+    thread_.join();
+    engine_.close();  // ends the peers' connections
+    for (std::thread& peer : peers_) peer.join();
+  }
+
+ private:
+  void run() {
+    while (!stop_) {
+      pollfd entry{engine_.connect_event(), POLLIN, 0};
+      ::poll(&entry, 1, -1);
+      for (const LaneRequest& request : engine_.take_connect_requests()) {
+        int ends[2];
+        CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+        peers_.emplace_back(
+            [this](int fd) { serve(UniqueFd(fd), lifetime_); }, ends[1]);
+        engine_.adopt(request.lane, UniqueFd(ends[0]), 5.0, 0.0);
+      }
+    }
+  }
+
+  Engine& engine_;
+  const std::size_t lifetime_;
+  std::atomic<bool> stop_{false};
+  std::thread thread_;
+  std::vector<std::thread> peers_;
+};
+
+struct Call {
+  std::shared_ptr<Batch> batch;
+  std::vector<std::string> memory;
+};
+
+std::atomic<std::uint64_t> next_id{1};
+
+std::shared_ptr<const RetryPolicy> retry(std::int64_t retries) {
+  auto policy = std::make_shared<RetryPolicy>();
+  policy->retries = retries;
+  return policy;
+}
+
+Call make_call(Command command, std::size_t keys) {
+  Call call{std::make_shared<Batch>(command), {}};
+  call.memory.resize(keys);
+  for (std::size_t i = 0; i < keys; ++i) {
+    const std::string key = (i % 5 == 4 ? "x" : "k") + std::to_string(i);
+    call.batch->add_key(key);
+    if (command != Command::get && command != Command::set) continue;
+    call.memory[i] = command == Command::set ? value_of(key) : std::string(kValueBytes, '\xa5');
+    call.batch->add_segment(call.memory[i].data(), kValueBytes);
+    call.batch->end_value();
+  }
+  return call;
+}
+
+std::set<std::uint64_t> wait_for(CompletionQueue& queue, std::size_t count) {
+  std::set<std::uint64_t> done;
+  while (done.size() < count) {
+    pollfd entry{queue.fd(), POLLIN, 0};
+    CHECK(::poll(&entry, 1, 20'000) == 1);  // else it hangs
+    for (const std::uint64_t id : queue.drain()) CHECK(done.insert(id).second);  // exactly once
+  }
+  return done;
+}
+
+void check_outcomes(const Call& call) {
+  CHECK(call.batch->status().ok());
+  CHECK(call.batch->all_answered_plainly());
+  for (std::size_t i = 0; i < call.memory.size(); ++i) {
+    const bool exists = i % 5 != 4;
+    const bool hit = exists || call.batch->command() == Command::set;
+    CHECK(call.batch->outcome(i) == (hit ? Outcome::hit : Outcome::miss));
+    if (call.batch->command() == Command::get && exists) {
+      CHECK(call.memory[i] == value_of("k" + std::to_string(i)));
+    }
+  }
+}
+
+constexpr Window kWindow{64 * 1024, 64};
+constexpr Command kCommands[] = {Command::get, Command::set, Command::exists, Command::unlink};
+
+}  // namespace
+
+TEST(many_callers_get_right_answers_exactly_once) {
+  Engine engine(3, 5, kWindow);
+  Connector connector(engine, 1'000'000);
+  std::vector<std::thread> callers;
+  std::atomic<int> failed{0};
+  for (int c = 0; c < 4; ++c) {
+    callers.emplace_back([&, c] {
+      try {
+        for (int round = 0; round < 40; ++round) {
+          auto queue = std::make_shared<CompletionQueue>();
+          std::vector<Call> calls;
+          for (int i = 0; i < 3; ++i) {
+            calls.push_back(make_call(kCommands[(c + round + i) % 4],
+                                      1 + static_cast<std::size_t>(round * 7 + i) % 150));
+            engine.submit(calls.back().batch, next_id++, queue, retry(0), 0);
+          }
+          wait_for(*queue, calls.size());
+          for (const Call& call : calls) check_outcomes(call);
+        }
+      } catch (const std::exception& error) {
+        std::printf("%s\n", error.what());
+        ++failed;
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  CHECK(failed == 0);
+  CHECK(engine.batches() == 0);
+}
+
+TEST(what_was_in_flight_on_a_lost_connection_is_sent_again) {
+  Engine engine(2, 4, kWindow);
+  Connector connector(engine, 37);
+  for (int round = 0; round < 30; ++round) {
+    auto queue = std::make_shared<CompletionQueue>();
+    Call call = make_call(kCommands[round % 4], 200);
+    engine.submit(call.batch, next_id++, queue, retry(-1), 0);
+    wait_for(*queue, 1);
+    check_outcomes(call);
+  }
+}
+
+TEST(a_batch_without_retries_fails_when_its_connection_is_lost_and_the_next_works) {
+  Engine engine(1, 2, kWindow);
+  Connector connector(engine, 50);
+  int lost = 0;
+  int right = 0;
+  for (int round = 0; round < 30; ++round) {
+    auto queue = std::make_shared<CompletionQueue>();
+    Call call = make_call(Command::get, 20);
+    engine.submit(call.batch, next_id++, queue, retry(0), 0);
+    wait_for(*queue, 1);
+    if (call.batch->status().ok()) {
+      check_outcomes(call);
+      ++right;
+    } else {
+      CHECK(call.batch->status().code == Code::connection_lost);
+      ++lost;
+    }
+  }
+  CHECK(lost >= 5 && right >= 5);
+}
+
+TEST(memory_of_a_batch_that_has_completed_is_not_written) {
+  Engine engine(2, 4, kWindow);
+  Connector connector(engine, 500);
+  std::mt19937 random(3);
+  for (int round = 0; round < 200; ++round) {
+    auto queue = std::make_shared<CompletionQueue>();
+    Call victim = make_call(Command::get, 100);
+    Call other = make_call(Command::get, 50);
+    const std::uint64_t id = next_id++;
+    // A cancelled batch, or one that misses its deadline.
+    const bool cancel = round % 2 == 0;
+    engine.submit(victim.batch, id, queue, retry(-1), cancel ? 0 : 1e-4);
+    engine.submit(other.batch, next_id++, queue, retry(-1), 0);
+    const auto until = Clock::now() + std::chrono::microseconds(random() % 300);
+    while (Clock::now() < until) {
+    }
+    if (cancel) engine.cancel(id);
+    wait_for(*queue, 2);
+    check_outcomes(other);
+    const Code code = victim.batch->status().code;
+    CHECK(code == Code::ok || code == (cancel ? Code::cancelled : Code::timed_out));
+    if (code == Code::ok) continue;
+    for (std::string& part : victim.memory) part.assign(kValueBytes, '\x5a');
+    auto again = std::make_shared<CompletionQueue>();
+    Call next = make_call(Command::exists, 200);
+    engine.submit(next.batch, next_id++, again, retry(-1), 0);
+    wait_for(*again, 1);
+    for (const std::string& part : victim.memory) {
+      CHECK(part.find_first_not_of('\x5a') == std::string::npos);
+    }
+  }
+}
+
+TEST(close_completes_what_is_pending_and_refuses_what_comes_later) {
+  for (int round = 0; round < 30; ++round) {
+    auto queue = std::make_shared<CompletionQueue>();
+    std::vector<Call> calls;
+    {
+      Engine engine(2, 3, kWindow);
+      Connector connector(engine, 1'000'000);
+      for (int i = 0; i < 8; ++i) {
+        calls.push_back(make_call(kCommands[i % 4], 100));
+        engine.submit(calls.back().batch, next_id++, queue, retry(0), 0);
+      }
+      std::this_thread::sleep_for(std::chrono::microseconds(100 * round));
+      std::thread also([&] { engine.close(); });
+      engine.close();
+      also.join();
+      CHECK(engine.batches() == 0);
+      Call late = make_call(Command::exists, 1);
+      CHECK(engine.submit(late.batch, next_id++, queue, retry(0), 0).code == Code::closed);
+    }
+    wait_for(*queue, calls.size());
+    for (const Call& call : calls) {
+      const Code code = call.batch->status().code;
+      CHECK(code == Code::ok || code == Code::closed);
+      if (code == Code::ok) check_outcomes(call);
+    }
+  }
+}
+
+TEST(a_batch_that_no_connection_can_serve_fails_when_connecting_has_failed) {
+  Engine engine(2, 4, kWindow);
+  auto queue = std::make_shared<CompletionQueue>();
+  for (int round = 0; round < 20; ++round) {
+    Call call = make_call(kCommands[round % 4], 10);
+    engine.submit(call.batch, next_id++, queue, retry(5), 0);
+    std::thread connector([&] {
+      while (engine.batches() > 0) {
+        pollfd entry{engine.connect_event(), POLLIN, 0};
+        ::poll(&entry, 1, 1000);
+        for (const LaneRequest& request : engine.take_connect_requests()) {
+          engine.connect_failed(request.lane, "refused", 0);
+        }
+      }
+    });
+    wait_for(*queue, 1);
+    engine.wake_connector();
+    connector.join();
+    CHECK(call.batch->status().code == Code::connect_failed);
+  }
+}
+
+int main() { return check::run_all(); }

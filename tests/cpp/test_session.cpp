@@ -1,0 +1,358 @@
+// A session without a socket: give it the peer's bytes in any pieces, look where they land.
+#include <algorithm>
+#include <cstring>
+#include <random>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "check.hpp"
+#include "session.hpp"
+
+using namespace fastkv;
+
+namespace {
+
+// A caller's memory for one value, in parts, poisoned.
+struct Memory {
+  explicit Memory(std::vector<std::size_t> sizes) {
+    for (const std::size_t size : sizes) parts.emplace_back(size, '\xa5');
+    for (std::string& part : parts) {
+      segments.push_back({reinterpret_cast<std::byte*>(part.data()), part.size()});
+    }
+  }
+  explicit Memory(std::size_t size) : Memory(std::vector<std::size_t>{size}) {}
+  Memory(const Memory&) = delete;
+
+  std::string text() const {
+    std::string all;
+    for (const std::string& part : parts) all += part;
+    return all;
+  }
+  bool poisoned() const { return text().find_first_not_of('\xa5') == std::string::npos; }
+
+  std::vector<std::string> parts;
+  std::vector<Segment> segments;
+};
+
+int owner_a;
+int owner_b;
+
+Operation get(std::string_view key, const Memory& memory, void* owner = &owner_a,
+              std::uint32_t index = 0) {
+  return {.command = Command::get,
+          .ticket = {owner, index},
+          .key = key,
+          .value = memory.segments};
+}
+
+Operation plain(Command command, std::string_view key, std::uint32_t index = 0) {
+  return {.command = command, .ticket = {&owner_a, index}, .key = key};
+}
+
+// Everything the session wants to send, at most `most` bytes a write.
+std::string sent(Session& session, std::size_t most = 1 << 20) {
+  std::string out;
+  while (session.has_unsent()) {
+    std::size_t left = most;
+    for (const iovec& part : session.prepare_write()) {
+      const std::size_t taken = std::min(left, part.iov_len);
+      out.append(static_cast<const char*>(part.iov_base), taken);
+      left -= taken;
+    }
+    session.commit_write(most - left);
+  }
+  return out;
+}
+
+// Feeds what the peer says, at most `most` bytes a read.
+Status feed(Session& session, std::string_view bytes, std::size_t most = 1 << 20) {
+  while (!bytes.empty()) {
+    std::size_t moved = 0;
+    for (const iovec& part : session.prepare_read()) {
+      const std::size_t taken = std::min({part.iov_len, bytes.size(), most - moved});
+      std::memcpy(part.iov_base, bytes.data(), taken);
+      bytes.remove_prefix(taken);
+      moved += taken;
+    }
+    CHECK(moved > 0);
+    if (Status status = session.commit_read(moved); !status.ok()) return status;
+  }
+  return {};
+}
+
+std::vector<Completed> completed(Session& session) { return std::exchange(session.completed(), {}); }
+
+std::string bulk(std::string_view value) {
+  return "$" + std::to_string(value.size()) + "\r\n" + std::string(value) + "\r\n";
+}
+
+}  // namespace
+
+TEST(a_value_lands_in_its_memory_however_the_stream_is_cut) {
+  const std::string value(20'000, 'v');
+  for (const std::size_t most : {1, 2, 3, 7, 100, 4096, 1 << 20}) {
+    Session session;
+    Memory first(value.size());
+    Memory second({5, 0, 7, value.size() - 12});
+    Memory third(3);
+    session.push(get("a", first, &owner_a, 0));
+    session.push(get("b", second, &owner_a, 1));
+    session.push(get("c", third, &owner_a, 2));
+    CHECK(session.outstanding_bytes() == 2 * value.size() + 3);
+    CHECK(sent(session, most) ==
+          "*2\r\n$3\r\nGET\r\n$1\r\na\r\n*2\r\n$3\r\nGET\r\n$1\r\nb\r\n*2\r\n$3\r\nGET\r\n$1\r\nc\r\n");
+    CHECK(feed(session, bulk(value) + bulk(value) + bulk("xyz"), most).ok());
+    const auto done = completed(session);
+    CHECK(done.size() == 3);
+    for (const Completed& one : done) CHECK(one.outcome == Outcome::hit);
+    CHECK(done[1].ticket.index == 1);
+    CHECK(first.text() == value && second.text() == value && third.text() == "xyz");
+    CHECK(session.requests() == 0 && session.outstanding_bytes() == 0);
+  }
+}
+
+TEST(no_byte_of_a_large_body_is_copied_when_reads_come_whole) {
+  Session session;
+  Memory first(100'000);
+  Memory second(100'000);
+  session.push(get("a", first));
+  session.push(get("b", second));
+  sent(session);
+  const std::string stream = bulk(std::string(100'000, 'x')) + bulk(std::string(100'000, 'y'));
+  // Reads as the socket would do them: the head alone, then body + CRLF + the next head.
+  CHECK(session.prepare_read().size() == 1);
+  CHECK(session.prepare_read()[0].iov_len == 9);  // $100000\r\n
+  CHECK(feed(session, stream.substr(0, 9)).ok());
+  const auto target = session.prepare_read();
+  CHECK(target.size() == 2);
+  CHECK(target[0].iov_base == first.parts[0].data() && target[0].iov_len == 100'000);
+  CHECK(target[1].iov_len == 2 + 9);
+  CHECK(feed(session, stream.substr(9)).ok());
+  CHECK(completed(session).size() == 2);
+}
+
+TEST(each_outcome_leaves_the_connection_in_step) {
+  for (const std::size_t most : {1, 2, 5, 1 << 20}) {
+    Session session;
+    Memory hit(3);
+    Memory miss(4);
+    Memory shorter(5);
+    Memory longer(2);
+    Memory refused(4);
+    Memory empty(0);
+    std::uint32_t index = 0;
+    for (const Memory* memory : {&hit, &miss, &shorter, &longer, &refused, &empty, &hit}) {
+      session.push(get("k", *memory, &owner_a, index++));
+    }
+    session.push(plain(Command::exists, "k", index++));
+    session.push(plain(Command::exists, "k", index++));
+    session.push(plain(Command::unlink, "k", index++));
+    sent(session);
+    CHECK(feed(session,
+               bulk("abc") + "$-1\r\n" + bulk("abc") + bulk("abc") + "-WRONGTYPE bad\r\n" +
+                   bulk("") + bulk("def") + ":1\r\n:0\r\n:1\r\n",
+               most)
+              .ok());
+    const auto done = completed(session);
+    const std::vector<Outcome> expected = {
+        Outcome::hit, Outcome::miss, Outcome::size_mismatch, Outcome::size_mismatch,
+        Outcome::refused, Outcome::hit, Outcome::hit, Outcome::hit, Outcome::miss, Outcome::hit};
+    CHECK(done.size() == expected.size());
+    for (std::size_t i = 0; i < done.size(); ++i) {
+      CHECK(done[i].outcome == expected[i]);
+      CHECK(done[i].ticket.index == i);
+    }
+    CHECK(done[2].actual_bytes == 3 && done[3].actual_bytes == 3);
+    CHECK(done[4].error == "WRONGTYPE bad");
+    CHECK(hit.text() == "def");
+    CHECK(miss.poisoned() && shorter.poisoned() && longer.poisoned() && refused.poisoned());
+    CHECK(session.outstanding_bytes() == 0);
+  }
+}
+
+TEST(a_set_sends_all_parts_of_its_value_and_its_options) {
+  for (const std::size_t most : {1, 3, 1 << 20}) {
+    Session session;
+    Memory value({2, 0, 3});
+    value.parts[0] = "ab";
+    value.parts[2] = "cde";
+    for (std::size_t i = 0; i < 3; ++i) {
+      value.segments[i].data = reinterpret_cast<std::byte*>(value.parts[i].data());
+    }
+    session.push({.command = Command::set,
+                  .ticket = {&owner_a, 0},
+                  .key = "k",
+                  .value = value.segments,
+                  .set_options = "$2\r\nNX\r\n",
+                  .set_option_count = 1});
+    CHECK(session.outstanding_bytes() == 5);
+    CHECK(sent(session, most) == "*4\r\n$3\r\nSET\r\n$1\r\nk\r\n$5\r\nabcde\r\n$2\r\nNX\r\n");
+    CHECK(session.outstanding_bytes() == 0);
+    CHECK(feed(session, "$-1\r\n", most).ok());
+    CHECK(completed(session)[0].outcome == Outcome::miss);
+  }
+}
+
+TEST(a_session_that_is_never_idle_does_not_grow) {
+  Session session;
+  Memory value(10);
+  session.push({.command = Command::set, .ticket = {&owner_a, 0}, .key = "k", .value = value.segments});
+  std::string stream;
+  for (int round = 0; round < 20'000; ++round) {
+    session.push(
+        {.command = Command::set, .ticket = {&owner_a, 0}, .key = "k", .value = value.segments});
+    std::size_t left = 35;  // less than a request: there is always something unsent
+    for (const iovec& part : session.prepare_write()) {
+      const std::size_t taken = std::min(left, part.iov_len);
+      stream.append(static_cast<const char*>(part.iov_base), taken);
+      left -= taken;
+    }
+    session.commit_write(35 - left);
+  }
+  stream += sent(session);
+  const std::string one = "*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$10\r\n" + value.text() + "\r\n";
+  CHECK(stream.size() == one.size() * 20'001);
+  for (std::size_t at = 0; at < stream.size(); at += one.size()) {
+    CHECK(stream.compare(at, one.size(), one) == 0);
+  }
+}
+
+TEST(what_answers_another_question_is_a_protocol_error) {
+  Memory memory(3);
+  const std::vector<std::pair<Command, std::string>> cases = {
+      {Command::get, ":1\r\n"},      {Command::get, "+OK\r\n"},    {Command::get, "*0\r\n"},
+      {Command::get, "$3\r\nabcd\r\n"}, {Command::get, "$3\r\nabc\n\r"}, {Command::set, ":1\r\n"},
+      {Command::set, "+YES\r\n"},    {Command::set, "$2\r\nOK\r\n"}, {Command::exists, "+1\r\n"},
+      {Command::exists, "$1\r\n1\r\n"}, {Command::unlink, "*1\r\n:1\r\n"}, {Command::get, "$x\r\n"},
+      {Command::get, "_\r\n"},       {Command::get, ">2\r\n"},
+  };
+  for (const auto& [command, reply] : cases) {
+    for (const std::size_t most : {1, 1 << 20}) {
+      Session session;
+      Operation operation = plain(command, "k");
+      if (command == Command::get || command == Command::set) operation.value = memory.segments;
+      session.push(operation);
+      sent(session);
+      const Status status = feed(session, reply, most);
+      CHECK(status.code == Code::protocol_error);
+      CHECK(completed(session).empty());
+      CHECK(session.reset().size() == 1);
+    }
+  }
+}
+
+TEST(a_reply_that_nobody_asked_for_is_a_protocol_error) {
+  Session session;
+  CHECK(feed(session, "+OK\r\n").code == Code::protocol_error);
+}
+
+TEST(abandoned_memory_is_not_written_and_the_stream_stays_in_step) {
+  const std::string value(10'000, 'v');
+  const std::string stream = bulk(value) + bulk(value) + bulk(value);
+  // Abandon after each number of bytes.
+  for (std::size_t cut = 0; cut < stream.size(); cut += 97) {
+    Session session;
+    Memory a1(value.size());
+    Memory b(value.size());
+    Memory a2(value.size());
+    session.push(get("1", a1, &owner_a, 1));
+    session.push(get("2", b, &owner_b, 2));
+    session.push(get("3", a2, &owner_a, 3));
+    sent(session);
+    CHECK(feed(session, stream.substr(0, cut)).ok());
+    std::size_t finished = 0;
+    for (const Completed& one : completed(session)) finished += one.ticket.owner == &owner_a;
+    const std::string before1 = a1.text();
+    const std::string before2 = a2.text();
+    const auto abandoned = session.abandon(&owner_a);
+    CHECK(abandoned.usable);
+    CHECK(abandoned.released + finished == 2);
+    CHECK(feed(session, stream.substr(cut)).ok());
+    CHECK(a1.text() == before1 && a2.text() == before2);
+    CHECK(b.text() == value);
+    for (const Completed& one : completed(session)) CHECK(one.ticket.owner == &owner_b);
+    CHECK(session.requests() == 0 && session.outstanding_bytes() == 0);
+  }
+}
+
+TEST(a_set_abandoned_before_its_end_makes_the_connection_unusable) {
+  Memory value(1000);
+  for (const bool whole : {false, true}) {
+    Session session;
+    session.push(
+        {.command = Command::set, .ticket = {&owner_a, 0}, .key = "k", .value = value.segments});
+    if (whole) sent(session);
+    const auto abandoned = session.abandon(&owner_a);
+    CHECK(abandoned.released == 1);
+    CHECK(abandoned.usable == whole);
+  }
+}
+
+TEST(reset_says_what_was_lost_and_whether_it_was_sent) {
+  Session session;
+  Memory value(1000);
+  session.push(get("a", value, &owner_a, 1));
+  session.push(get("b", value, &owner_b, 2));
+  session.push({.command = Command::ping});
+  session.push(get("c", value, &owner_a, 3));
+  session.abandon(&owner_b);
+  session.prepare_write();
+  session.commit_write(25);  // all of the first, some of the second
+  const auto lost = session.reset();
+  CHECK(lost.size() == 2);  // neither the abandoned one nor the ping
+  CHECK(lost[0].ticket.index == 1 && lost[0].sent);
+  CHECK(lost[1].ticket.index == 3 && !lost[1].sent);
+  CHECK(session.requests() == 0 && !session.has_unsent() && session.outstanding_bytes() == 0);
+  // And it can be used again.
+  session.push(plain(Command::exists, "k"));
+  CHECK(sent(session) == "*2\r\n$6\r\nEXISTS\r\n$1\r\nk\r\n");
+  CHECK(feed(session, ":1\r\n").ok());
+}
+
+TEST(more_segments_than_one_system_call_takes_are_filled_in_order) {
+  Session session;
+  std::vector<std::size_t> sizes;
+  std::string value;
+  for (std::size_t i = 0; i < 500; ++i) {
+    sizes.push_back(1 + i % 50);
+    value.append(1 + i % 50, static_cast<char>('a' + i % 26));
+  }
+  Memory memory(sizes);
+  session.push(get("k", memory));
+  sent(session);
+  CHECK(feed(session, bulk(value)).ok());
+  CHECK(memory.text() == value);
+}
+
+TEST(random_bytes_give_completions_or_one_error_the_same_for_every_cut) {
+  std::mt19937 random(7);
+  const std::vector<std::string> words = {"$", "3", "\r\n", "\r", "\n", "abc", "-", "+", "OK", ":",
+                                          "1", "*", "-1", "ERR x", "$3\r\nabc\r\n", "$-1\r\n",
+                                          "+OK\r\n", ":1\r\n", "-E\r\n", "$5\r\n", "hello"};
+  for (int round = 0; round < 20'000; ++round) {
+    std::string stream;
+    for (auto i = random() % 12; i > 0; --i) stream += words[random() % words.size()];
+    std::vector<std::string> results;
+    for (const std::size_t most : {std::size_t{1}, std::size_t{3}, std::size_t{1} << 20}) {
+      Session session;
+      Memory memory(3);
+      session.push(get("a", memory, &owner_a, 0));
+      session.push(plain(Command::exists, "b", 1));
+      session.push(get("c", memory, &owner_a, 2));
+      session.push({.command = Command::set, .ticket = {&owner_a, 3}, .key = "d",
+                    .value = memory.segments});
+      sent(session);
+      const Status status = feed(session, stream, most);
+      std::string result = status.ok() ? "ok" : "error";
+      for (const Completed& one : completed(session)) {
+        result += " " + std::to_string(static_cast<int>(one.outcome)) + one.error;
+      }
+      results.push_back(result + " " + memory.text());
+    }
+    CHECK(results[0] == results[1] && results[1] == results[2]);
+  }
+}
+
+int main() { return check::run_all(); }

@@ -1,0 +1,78 @@
+"""Dependencies point one way."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# What each part may include or import, of ours. Later layers may use earlier ones only.
+CPP = {
+    "status": set(),
+    "fd": set(),
+    "resp": {"status", "fd"},
+    "session": {"status", "fd", "resp"},
+    "stream": {"status", "fd"},
+    "completion_queue": {"status", "fd"},
+    "batch": {"status", "fd", "resp", "session", "completion_queue"},
+    "schedule": {"status", "fd", "batch", "completion_queue", "stream"},
+    "worker": {"status", "fd", "session", "stream", "batch", "schedule"},
+    "engine": {"status", "fd", "batch", "completion_queue", "schedule", "worker"},
+}
+PYTHON = {
+    "_version": set(),
+    "_core": set(),
+    "errors": {"_core"},
+    "buffers": {"_core"},
+    "commands": {"_core", "buffers", "errors"},
+    "connector": {"_core", "_version", "errors"},
+    "node": {"_core", "commands", "connector", "errors"},
+    "client": {"buffers", "commands", "node"},
+    "asyncio": {"buffers", "commands", "node"},
+    # The command line stands on top and uses the package as its users do, too.
+    "cli": {"", "_version", "_core", "node"},
+}
+
+
+def test_cpp_files_include_what_the_table_allows() -> None:
+    files = sorted((ROOT / "fastkv_ext/cpp").glob("*.?pp"))
+    assert {file.stem for file in files} == set(CPP)
+    for file in files:
+        included = set(re.findall(r'#include "(\w+)\.hpp"', file.read_text()))
+        assert included - {file.stem} <= CPP[file.stem], file
+
+
+def test_protocol_files_know_no_sockets_threads_or_clocks() -> None:
+    forbidden = re.compile(r"<(thread|mutex|chrono|sys/socket\.h|unistd\.h|sys/epoll\.h)>")
+    for stem in ("resp", "session"):
+        for suffix in ("hpp", "cpp"):
+            text = (ROOT / f"fastkv_ext/cpp/{stem}.{suffix}").read_text()
+            assert not forbidden.search(text), stem
+
+
+def test_workers_never_touch_python() -> None:
+    for file in (ROOT / "fastkv_ext").rglob("*.[cphx]*"):
+        assert "with gil" not in file.read_text(), file
+
+
+def test_python_modules_import_what_the_table_allows() -> None:
+    for file in sorted((ROOT / "fastkv").rglob("*.py")):
+        part = file.relative_to(ROOT / "fastkv").parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        used = set()
+        for item in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(item, ast.ImportFrom) and item.module:
+                names = [item.module]
+                if item.module == "fastkv":
+                    names = [f"fastkv.{alias.name}" for alias in item.names]
+            elif isinstance(item, ast.Import):
+                names = [alias.name for alias in item.names]
+            used |= {n.removeprefix("fastkv").strip(".").split(".")[0]
+                     for n in names if n.split(".")[0] == "fastkv"}
+        public = used - set(PYTHON)  # names of the package itself
+        used = (used & set(PYTHON)) | ({""} if public else set())
+        assert used - {part} <= PYTHON[part], file
