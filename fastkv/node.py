@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote
 
 from redis.exceptions import ConnectionError
 
@@ -85,9 +85,11 @@ def options_of_url(
     given = {f"tile_{field.name}": field.name for field in fields(TileOptions)}
     taken = {given[k]: v for k, v in kwargs.items() if k in given}
     rest = {k: v for k, v in kwargs.items() if k not in given}
-    parts = urlsplit(url)
+    # By hand, so that the rest stays as it is (urlunsplit would change unix:///path).
+    head, mark, tail = url.partition("?")
+    query, hash_sign, fragment = tail.partition("#")
     kept = []
-    for item in parts.query.split("&") if parts.query else []:
+    for item in query.split("&"):
         name = unquote(item.partition("=")[0])
         if not name.startswith("tile_"):
             kept.append(item)
@@ -99,7 +101,8 @@ def options_of_url(
             taken[given[name]] = int(value)
         except ValueError:
             raise ValueError(f"{name}: expected an int, got {value!r}") from None
-    return urlunsplit(parts._replace(query="&".join(kept))), TileOptions(**taken), rest
+    url = head + mark + "&".join(kept) + hash_sign + fragment
+    return url, TileOptions(**taken), rest
 
 
 class TileFuture(Future[list[bool]]):
@@ -252,7 +255,8 @@ class Node:
                 pass  # closed: nobody waits there
         self._futures = None
         self._loops.clear()
-        self._idle.clear()
+        while self._idle:
+            self._idle.pop().close()
         self._engine.close_fds()
 
     def close_after_fork(self) -> None:
@@ -281,7 +285,9 @@ class Node:
             queue = CompletionQueue()
         code = self._engine.run(batch, queue, self._retry_policy(), seconds)
         # Not in a finally: after an interrupt the queue is not worth keeping.
-        if not self.closed:
+        if self.closed:
+            queue.close()
+        else:
             self._idle.append(queue)
         return code
 
@@ -344,6 +350,7 @@ class _FutureThread:
         # A callback, or the last reference to a client, may close the node from here.
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            self.queue.close()
 
     def _serve(self) -> None:
         while not self._closing:
@@ -365,6 +372,7 @@ def _leave_loop(
     loop: asyncio.AbstractEventLoop, fd: int, queue: CompletionQueue, done: list[Batch]
 ) -> None:
     loop.remove_reader(fd)
+    queue.close()
     _resolve(done)
 
 
@@ -438,9 +446,13 @@ def _watch(pool: Pool, node: Node) -> None:
 
 def _unwatch(node: Node) -> None:
     pool = node._pool()
+    if pool is None:
+        return
     for name in _WATCHED:
-        if pool is not None:
-            pool.__dict__.pop(name, None)
+        pool.__dict__.pop(name, None)
+    with _nodes_lock:
+        if _nodes.get(pool) is node:
+            del _nodes[pool]
 
 
 # --- fork --------------------------------------------------------------------------------
@@ -467,7 +479,6 @@ def _after_fork_in_child() -> None:
         _unwatch(node)
         node.close_after_fork()
     _forking.clear()
-    _nodes.clear()
 
 
 def _forked_error() -> ConnectionError:

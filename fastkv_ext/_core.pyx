@@ -323,6 +323,10 @@ cdef class CompletionQueue:
         """Make one `wait` return with nothing to drain. Any thread."""
         self.cpp.get().wake()
 
+    def close(self):
+        """Give the descriptor back; nothing must be in flight on this queue."""
+        self.cpp.get().close()
+
     def close_after_fork(self):
         """In a child: give the descriptor back."""
         self.cpp.get().close_after_fork()
@@ -335,7 +339,7 @@ cdef class CompletionQueue:
         entry.fd = self.cpp.get().fd()
         entry.events = POLLIN
         if entry.fd < 0:
-            raise OSError("the queue was closed by a fork")
+            raise OSError("the queue was closed, or left behind by a fork")
         with nogil:
             ready = poll(&entry, 1, -1)
             error = errno

@@ -38,6 +38,7 @@ cdef extern from "completion_queue.hpp" namespace "fastkv" nogil:
         int fd() noexcept
         vector[uint64_t] drain() except +
         void wake() noexcept
+        void close() noexcept
         void close_after_fork() noexcept
 
 

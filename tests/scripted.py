@@ -140,6 +140,7 @@ class ScriptedPeer(_Peer):
     def __init__(self) -> None:
         self._steps: deque[Step] = deque()
         self._wrong: list[str] = []
+        self._gates: list[threading.Event] = []
         super().__init__()
 
     def expect(self, *command: str | bytes) -> Step:
@@ -155,6 +156,7 @@ class ScriptedPeer(_Peer):
             return False
         step.seen.set()
         if step.gate is not None:
+            self._gates.append(step.gate)
             step.gate.wait(10)
         size = step.split or max(1, len(step.payload))
         for at in range(0, len(step.payload), size):
@@ -165,10 +167,28 @@ class ScriptedPeer(_Peer):
         return not step.end
 
     def __exit__(self, *details: Any) -> None:
+        for gate in self._gates:
+            gate.set()  # nobody waits for an answer any more
         super().__exit__(*details)
         if details[0] is None:
             assert not self._wrong
             assert not self._steps, f"never came: {list(self._steps)}"
+
+
+class SilentPeer(_Peer):
+    """Accepts, answers the handshake, and then says nothing.
+
+    Attributes:
+        asked: Set when the first command has come.
+    """
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        super().__init__()
+
+    def answer(self, connection: socket.socket, command: list[bytes]) -> bool:
+        self.asked.set()
+        return True
 
 
 class ModelServer(_Peer):

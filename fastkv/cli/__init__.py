@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import typer
 
 _EXTRA = ("numpy", "rich", "typer")
 
@@ -16,9 +20,14 @@ def main() -> None:
     """Run the command line; the entry point of the `fastkv` script."""
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit(
-            f"The fastkv command needs {', '.join(missing)}: pip install 'fastkv[cli]'"
-        )
+        sys.exit(f"fastkv needs {', '.join(missing)}: pip install 'fastkv[cli]'")
+    try:
+        _app()()
+    except KeyboardInterrupt:  # while modules load; later the commands see to it
+        sys.exit(130)
+
+
+def _app() -> typer.Typer:
     import typer
 
     from fastkv._version import __version__
@@ -49,4 +58,4 @@ def main() -> None:
         """The Redis client for LLM KV caches."""
 
     app.command()(demo)
-    app()
+    return app

@@ -56,9 +56,12 @@ def find_servers() -> list[ServerBinary]:
     for path in paths:
         if path is None or not os.path.exists(path):
             continue
-        if not os.access(path, os.X_OK):
-            os.chmod(path, 0o755)
-        said = subprocess.run([path, "--version"], capture_output=True, text=True)
+        try:
+            if not os.access(path, os.X_OK):
+                os.chmod(path, 0o755)
+            said = subprocess.run([path, "--version"], capture_output=True, text=True)
+        except OSError:
+            continue  # another user's file, or made for another machine
         match = re.search(r"v=([0-9.]+)", said.stdout)
         if match:
             name = "valkey" if "valkey" in said.stdout.lower() else "redis"
@@ -105,6 +108,8 @@ class PrivateServer:
                 *self._arguments,
             ],
             stdout=subprocess.DEVNULL,
+            # Else a terminal's Ctrl-C would reach it before we have cleaned up.
+            start_new_session=True,
         )
         deadline = time.monotonic() + _START_SECONDS
         while True:
@@ -141,7 +146,12 @@ class PrivateServer:
             self._process = None
 
     def __enter__(self) -> PrivateServer:
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # by Ctrl-C too, and then `__exit__` is not called
+            self.stop()
+            self._folder.cleanup()
+            raise
         return self
 
     def __exit__(

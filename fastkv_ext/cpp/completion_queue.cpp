@@ -5,19 +5,26 @@
 namespace fastkv {
 
 void CompletionQueue::push(std::uint64_t batch_id) {
-  bool wake;
-  {
-    std::lock_guard lock(mutex_);
-    wake = ready_.empty();
-    ready_.push_back(batch_id);
-  }
-  if (wake) event_.signal();
+  std::lock_guard lock(mutex_);
+  const bool first = ready_.empty();
+  ready_.push_back(batch_id);
+  if (first) event_.signal();
 }
 
 std::vector<std::uint64_t> CompletionQueue::drain() {
   event_.clear();  // before the swap: an id pushed after it signals again
   std::lock_guard lock(mutex_);
   return std::exchange(ready_, {});
+}
+
+void CompletionQueue::wake() noexcept {
+  std::lock_guard lock(mutex_);
+  event_.signal();
+}
+
+void CompletionQueue::close() noexcept {
+  std::lock_guard lock(mutex_);
+  event_.close();
 }
 
 }  // namespace fastkv

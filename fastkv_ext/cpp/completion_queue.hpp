@@ -21,14 +21,19 @@ class CompletionQueue {
   // The caller. A wake-up may come for an empty queue, never the reverse.
   std::vector<std::uint64_t> drain();
 
-  // Wakes the caller with nothing to drain.
-  void wake() noexcept { event_.signal(); }
+  // Any thread. Wakes the caller with nothing to drain.
+  void wake() noexcept;
 
+  // The caller, when it expects nothing more: gives the descriptor back.
+  void close() noexcept;
+  // In a child, where a thread that holds the mutex does not exist.
   void close_after_fork() noexcept { event_.close(); }
 
  private:
-  EventFd event_;
   std::mutex mutex_;
+  // Signalled and closed under mutex_: a late push must not write to a descriptor that is
+  // somebody else's by then.
+  EventFd event_;
   std::vector<std::uint64_t> ready_;  // guarded by mutex_
 };
 

@@ -63,8 +63,7 @@ void Engine::close_fds() {
 
 void Engine::retire_connections() {
   std::lock_guard lock(close_mutex_);
-  if (closed_) return;
-  for (std::size_t i = 0; i < workers_.size(); ++i) schedule_.inbox(i).post(Retire{});
+  if (!closed_) schedule_.retire_connections();
 }
 
 void Engine::adopt(std::uint32_t lane, UniqueFd socket, double stall_seconds,

@@ -80,6 +80,14 @@ bool Schedule::abandon(std::uint64_t id, Status why) {
   return true;
 }
 
+void Schedule::retire_connections() {
+  {
+    std::lock_guard lock(mutex_);
+    ++generation_;
+  }
+  for (const auto& inbox : inboxes_) inbox->wake();
+}
+
 void Schedule::close(const Status& why) {
   Batches all;
   {
@@ -191,9 +199,10 @@ bool Schedule::has_work(PrioritySet priorities) const noexcept {
   return (with_work() & priorities) != 0;
 }
 
-Schedule::Run Schedule::pull(PrioritySet priorities, std::size_t max_requests,
-                             std::uint64_t max_bytes) {
+Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
+                             std::size_t max_requests, std::uint64_t max_bytes) {
   std::lock_guard lock(mutex_);
+  if (generation != generation_) return {};
   for (std::size_t p = 0; p < kPriorities; ++p) {
     const auto priority = static_cast<Priority>(p);
     if ((priorities & priority_bit(priority)) == 0 || queues_[p].empty()) continue;
@@ -287,10 +296,16 @@ void Schedule::wake_sleepers(PrioritySet priorities, std::size_t first,
 // Only upwards, or two workers that can both do nothing would wake each other for ever.
 void Schedule::pass_on(std::size_t from) noexcept { wake_sleepers(with_work(), from + 1, 1); }
 
-void Schedule::request_connection(LaneRequest request) {
+std::uint64_t Schedule::request_connection(LaneRequest request) {
   std::lock_guard lock(mutex_);
   connect_requests_.push_back(request);
   connect_event_.signal();
+  return generation_;
+}
+
+std::uint64_t Schedule::generation() const {
+  std::lock_guard lock(mutex_);
+  return generation_;
 }
 
 void Schedule::lost(std::uint32_t lane) {

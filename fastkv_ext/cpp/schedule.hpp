@@ -46,9 +46,8 @@ struct Abandon {
   // Shared: the batch may complete, and its caller drop it, before every worker has looked.
   std::shared_ptr<Batch> batch;
 };
-struct Retire {};  // finish what is in flight, then drop the connections
 struct Stop {};
-using Message = std::variant<Adopt, ConnectFailed, Abandon, Retire, Stop>;
+using Message = std::variant<Adopt, ConnectFailed, Abandon, Stop>;
 
 class Inbox {
  public:
@@ -93,6 +92,8 @@ class Schedule {
   // it was complete already.
   bool abandon(std::uint64_t id, Status why);
   void abandon_all(const Status& why);
+  // No connection that was asked for before carries anything new.
+  void retire_connections();
   // No batch is accepted any more, and those accepted are abandoned.
   void close(const Status& why);
   std::size_t batches() const;
@@ -112,7 +113,9 @@ class Schedule {
     std::uint32_t count = 0;
   };
   // At most a fair share of what is queued, so that the tail of a batch is spread over all lanes.
-  Run pull(PrioritySet priorities, std::size_t max_requests, std::uint64_t max_bytes);
+  // Nothing for a lane of an old generation.
+  Run pull(PrioritySet priorities, std::uint64_t generation, std::size_t max_requests,
+           std::uint64_t max_bytes);
   bool has_work(PrioritySet priorities) const noexcept;
   // An operation that came back: queues it again if the batch's policy allows another attempt after
   // `why`. `sent`: the server may have seen it. `counted`: it uses up an attempt. If false, the
@@ -122,7 +125,9 @@ class Schedule {
   void finish(Batch& batch, std::size_t operations);
   // Somebody may sleep who can carry what worker `from` was woken for and could not.
   void pass_on(std::size_t from) noexcept;
-  void request_connection(LaneRequest request);
+  // Returns the generation that the new connection will be of.
+  std::uint64_t request_connection(LaneRequest request);
+  std::uint64_t generation() const;
   void lost(std::uint32_t lane);
   // Deadlines are watched by one worker, the first.
   std::optional<Clock::time_point> next_deadline() const;
@@ -160,6 +165,7 @@ class Schedule {
   mutable std::mutex mutex_;
   EventFd connect_event_;  // signalled and closed under mutex_
   // guarded by mutex_
+  std::uint64_t generation_ = 0;  // counts retire_connections
   Status refusal_;  // not ok: no batch is accepted any more
   // Shared with the Python object that reads the outcomes after completion.
   std::unordered_map<std::uint64_t, std::shared_ptr<Batch>> accepted_;

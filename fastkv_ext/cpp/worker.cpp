@@ -122,8 +122,6 @@ bool Worker::handle_messages() {
       lane.retry_at = now_ + failed->delay;
     } else if (const auto* abandoned = std::get_if<Abandon>(&message)) {
       abandon(*abandoned->batch);
-    } else if (std::holds_alternative<Retire>(message)) {
-      for (const auto& lane : lanes_) lane->retiring = lane->state == State::connected;
     } else {
       return false;
     }
@@ -141,7 +139,7 @@ void Worker::adopt(Lane& lane, Adopt&& message) {
     lane.stream = std::move(message.stream);
   }
   lane.state = State::connected;
-  lane.retiring = lane.checking = lane.polls_write = false;
+  lane.checking = lane.polls_write = false;
   lane.stall_timeout = message.stall_timeout;
   lane.health_interval = message.health_interval;
   lane.progress = now_;
@@ -223,15 +221,16 @@ void Worker::settle(Lane& lane) {
 
 // Gives a lane with room what the schedule has for it. Returns the number of operations.
 std::size_t Worker::feed(Lane& lane) {
-  if (lane.state == State::connected && lane.retiring && lane.session.requests() == 0) {
+  if (lane.state == State::connected && lane.session.requests() == 0 &&
+      lane.generation != schedule_.generation()) {
     lose(lane, {Code::closed, {}}, false);
   }
   if (!schedule_.has_work(lane.priorities)) return 0;
   if (lane.state == State::absent && now_ >= lane.retry_at) {
     lane.state = State::requested;
-    schedule_.request_connection({lane.number, lane.failures});
+    lane.generation = schedule_.request_connection({lane.number, lane.failures});
   }
-  if (lane.state != State::connected || lane.retiring || lane.checking) return 0;
+  if (lane.state != State::connected || lane.checking) return 0;
   Session& session = lane.session;
   const bool idle = session.requests() == 0;
   if (idle && lane.health_interval.count() > 0 && now_ - lane.progress > lane.health_interval) {
@@ -243,7 +242,8 @@ std::size_t Worker::feed(Lane& lane) {
   }
   std::size_t fed = 0;
   while (session.requests() < window_.requests && session.outstanding_bytes() < window_.bytes) {
-    const auto run = schedule_.pull(lane.priorities, window_.requests - session.requests(),
+    const auto run = schedule_.pull(lane.priorities, lane.generation,
+                                    window_.requests - session.requests(),
                                     window_.bytes - session.outstanding_bytes());
     if (run.count == 0) break;
     for (std::uint32_t i = 0; i < run.count; ++i) {
@@ -266,7 +266,7 @@ void Worker::lose(Lane& lane, const Status& why, bool counted) {
     lane.stream.reset();  // also leaves the epoll set
   }
   lane.state = State::absent;
-  lane.retiring = lane.checking = lane.polls_write = false;
+  lane.checking = lane.polls_write = false;
   schedule_.lost(lane.number);
   const auto lost = lane.session.reset();
   if (counted && !lost.empty()) ++lane.failures;

@@ -45,7 +45,7 @@ class Worker {
     State state = State::absent;
     std::unique_ptr<Stream> stream;  // changes under Schedule::fork_mutex
     Session session;
-    bool retiring = false;           // pull no more, and drop it when it is idle
+    std::uint64_t generation = 0;    // if not the schedule's: pull no more, drop it when idle
     bool checking = false;           // a health check is on its way; pull when it is answered
     bool polls_write = false;        // registered for EPOLLOUT
     std::uint32_t failures = 0;      // losses since the last good reply
