@@ -295,6 +295,7 @@ class Connector:
         """Make one attempt; returns those that are left."""
         if attempt not in attempts:
             return attempts  # given up together with another
+        newest = self._engine.newest_batch()
         try:
             connection = make_connection(pool, self._find_loop)
             self._connecting = connection
@@ -315,7 +316,7 @@ class Connector:
             # The others would fail likewise: nobody should wait for each of them.
             for given_up in attempts:
                 self._engine.connect_failed(
-                    given_up.lane, type(error).__name__, max(delay, _LEAST_DELAY)
+                    given_up.lane, newest, type(error).__name__, max(delay, _LEAST_DELAY)
                 )
             return []
         finally:

@@ -488,12 +488,18 @@ cdef class Engine:
         with nogil:
             self.cpp.adopt(lane, UniqueFd(fd), stall_timeout, health_interval)
 
-    def connect_failed(self, uint32_t lane, str why, double delay):
+    def connect_failed(self, uint32_t lane, uint64_t newest, str why, double delay):
         """Say that a connection cannot be made; it is not asked for again for ``delay`` seconds if
-        another can do its work. Batches that need it end with `Code.CONNECT_FAILED`."""
+        another can do its work. Batches that need it end with `Code.CONNECT_FAILED`, if they are
+        not newer than ``newest``: what `newest_batch` was when the last try began."""
         cdef string detail = why.encode()
         with nogil:
-            self.cpp.connect_failed(lane, detail, delay)
+            self.cpp.connect_failed(lane, newest, detail, delay)
+
+    @staticmethod
+    def newest_batch():
+        """The id of the newest batch of any engine; ids grow."""
+        return _last_id
 
     def before_fork(self):
         """Bring the list of descriptors in order; one of the next two must follow."""
@@ -507,12 +513,16 @@ cdef class Engine:
         """Give back the parent's descriptors. The engine must not be used any more.
 
         Returns:
-            The batches in flight at the fork. They will not complete here.
+            The batches in flight at the fork. They will not complete here, and no thread
+            could touch their memory: the pins are released.
         """
+        cdef Batch batch
         self.forked = True
         self.cpp.close_fds_after_fork()
         batches = list(self.in_flight.values())
         self.in_flight.clear()
+        for batch in batches:
+            batch._release()
         return batches
 
 

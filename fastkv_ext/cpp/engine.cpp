@@ -76,8 +76,9 @@ void Engine::adopt(std::uint32_t lane, UniqueFd socket, double stall_seconds,
       Adopt{lane, std::move(stream), to_duration(stall_seconds), to_duration(health_seconds)});
 }
 
-void Engine::connect_failed(std::uint32_t lane, const std::string& why, double delay_seconds) {
-  schedule_.connect_failed(lane, {Code::connect_failed, why}, to_duration(delay_seconds));
+void Engine::connect_failed(std::uint32_t lane, std::uint64_t newest, const std::string& why,
+                            double delay_seconds) {
+  schedule_.connect_failed(lane, newest, {Code::connect_failed, why}, to_duration(delay_seconds));
 }
 
 void Engine::close_fds_after_fork() noexcept {

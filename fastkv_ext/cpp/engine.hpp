@@ -44,7 +44,8 @@ class Engine {
   std::vector<LaneRequest> take_connect_requests() { return schedule_.take_connect_requests(); }
   // Takes over a connected socket that has answered all that was sent on it. 0 s: no limit.
   void adopt(std::uint32_t lane, UniqueFd socket, double stall_seconds, double health_seconds);
-  void connect_failed(std::uint32_t lane, const std::string& why, double delay_seconds);
+  void connect_failed(std::uint32_t lane, std::uint64_t newest, const std::string& why,
+                      double delay_seconds);
 
   // fork() copies only the calling thread: the child may close its descriptors, no more.
   void before_fork() { schedule_.fork_mutex().lock(); }

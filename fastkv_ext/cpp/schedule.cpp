@@ -150,7 +150,8 @@ void Schedule::connected(std::uint32_t lane) {
   connected_[lane] = true;
 }
 
-void Schedule::connect_failed(std::uint32_t lane, const Status& why, Clock::duration delay) {
+void Schedule::connect_failed(std::uint32_t lane, std::uint64_t newest, const Status& why,
+                              Clock::duration delay) {
   Batches stranded;
   bool served = false;
   {
@@ -162,7 +163,9 @@ void Schedule::connect_failed(std::uint32_t lane, const Status& why, Clock::dura
         served = true;
         continue;
       }
-      for (const Batch* batch : queues_[p]) stranded.push_back(accepted_.at(batch->id_));
+      for (const Batch* batch : queues_[p]) {
+        if (batch->id_ <= newest) stranded.push_back(accepted_.at(batch->id_));
+      }
     }
   }
   abandon_batches(stranded, why);

@@ -103,8 +103,10 @@ class Schedule {
   void wake_connector() noexcept;
   std::vector<LaneRequest> take_connect_requests();
   void connected(std::uint32_t lane);
-  // Nothing queued for a priority that no connection serves can go on: it fails.
-  void connect_failed(std::uint32_t lane, const Status& why, Clock::duration delay);
+  // What is queued for a priority that no connection serves fails, unless it came only after the
+  // last try had begun (its id is above `newest`): it is worth a try of its own.
+  void connect_failed(std::uint32_t lane, std::uint64_t newest, const Status& why,
+                      Clock::duration delay);
 
   // --- workers ---
   struct Run {  // operations [first, first + count) of one batch; count is 0 if there are none

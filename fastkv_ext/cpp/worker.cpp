@@ -226,13 +226,16 @@ std::size_t Worker::feed(Lane& lane) {
     lose(lane, {Code::closed, {}}, false);
   }
   if (!schedule_.has_work(lane.priorities)) return 0;
+  const bool idle = lane.session.requests() == 0;
+  // The server may have closed an idle connection since epoll was asked. That is no loss yet, and
+  // must not use up an attempt; redis-py looks before each command, too.
+  if (lane.state == State::connected && idle) receive(lane);
   if (lane.state == State::absent && now_ >= lane.retry_at) {
     lane.state = State::requested;
     lane.generation = schedule_.request_connection({lane.number, lane.failures});
   }
   if (lane.state != State::connected || lane.checking) return 0;
   Session& session = lane.session;
-  const bool idle = session.requests() == 0;
   if (idle && lane.health_interval.count() > 0 && now_ - lane.progress > lane.health_interval) {
     lane.checking = true;
     session.push({.command = Command::ping});

@@ -315,7 +315,7 @@ TEST(a_batch_that_no_connection_can_serve_fails_when_connecting_has_failed) {
         pollfd entry{engine.connect_event(), POLLIN, 0};
         ::poll(&entry, 1, 1000);
         for (const LaneRequest& request : engine.take_connect_requests()) {
-          engine.connect_failed(request.lane, "refused", 0);
+          engine.connect_failed(request.lane, UINT64_MAX, "refused", 0);
         }
       }
     });
