@@ -61,7 +61,6 @@ setup(
         [extension],
         include_path=["fastkv_ext"],
         build_dir="build/cython",
-        compiler_directives={"language_level": "3"},
     ),
     cmdclass={"build_ext": BuildExt},
 )

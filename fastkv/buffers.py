@@ -104,7 +104,11 @@ def _shape_of_array(buffers: object) -> Sequence[int] | None:
     if shape is None:
         return None
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(buffers, numpy.ndarray) and buffers.dtype.hasobject:
+    if (
+        numpy is not None
+        and isinstance(buffers, numpy.ndarray)
+        and buffers.dtype.hasobject
+    ):
         return None  # an array of buffers is a sequence like any other
     return list(shape)
 

@@ -8,14 +8,9 @@ import redis
 
 from fastkv import commands
 from fastkv.commands import Keys, Seconds, When
-from fastkv.node import (
-    Node,
-    TileFuture,
-    TileOptions,
-    leave_node,
-    node_of,
-    options_of_url,
-)
+from fastkv.node import Node, TileFuture
+from fastkv.options import TileOptions, options_of_url
+from fastkv.registry import drop_node, leave_node, node_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,7 +46,9 @@ class Redis(redis.Redis):
         **kwargs: Any,
     ) -> None:
         self._tile_node: Node | None = None
-        self._tile_options = TileOptions(tile_workers, tile_connections, tile_window_bytes)
+        self._tile_options = TileOptions(
+            tile_workers, tile_connections, tile_window_bytes
+        )
         super().__init__(*args, **kwargs)
 
     @classmethod
@@ -64,7 +61,7 @@ class Redis(redis.Redis):
         return client
 
     def client(self) -> Self:
-        client = super().client()
+        client: object = super().client()  # type: ignore[no-untyped-call]  # redis-py's
         assert isinstance(client, type(self))
         client._tile_options = self._tile_options
         return client
@@ -80,9 +77,17 @@ class Redis(redis.Redis):
             leave_node(self, node)
         super().close()
 
+    def __del__(self) -> None:
+        # May run in the middle of anything, in any thread: no lock, no join.
+        node = getattr(self, "_tile_node", None)
+        if node is not None:
+            self._tile_node = None
+            drop_node(self, node)
+        super().__del__()
+
     def _node(self) -> Node:
         node = self._tile_node
-        if node is None or node.closed:
+        if node is None or not node.usable:
             node = self._tile_node = node_of(self, self._tile_options)
         return node
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from redis._parsers import Encoder
 from redis.commands.core import BasicKeyCommands
@@ -46,10 +46,20 @@ def set(
     xx: bool,
 ) -> Batch:
     batch = _batch(Command.SET, encoder, keys)
-    options = _RECORDER.set(
-        "", "", ex=ex, px=px, exat=exat, pxat=pxat, keepttl=keepttl, nx=nx, xx=xx
+    # redis-py's own check and spelling of the options, with nothing behind it.
+    options = BasicKeyCommands.set(
+        _RECORDER,
+        "",
+        "",
+        ex=ex,
+        px=px,
+        exat=exat,
+        pxat=pxat,
+        keepttl=keepttl,
+        nx=nx,
+        xx=xx,
     )
-    for option in cast("tuple[str | int, ...]", options):
+    for option in options:
         batch.add_set_option(bytes(encoder.encode(option)))
     if nx or xx:
         batch.forbid_repeat()
@@ -77,7 +87,7 @@ def check_timeout(timeout: float | None) -> float:
 
 
 def finish(
-    batch: Batch, timeout: float, connect_error: Callable[[], RedisError]
+    batch: Batch, timeout: float, connect_error: Callable[[], Exception]
 ) -> list[bool]:
     """Read the outcome of a drained batch.
 
@@ -97,7 +107,9 @@ def finish(
     hits = batch.hits()
     errors: dict[int, RedisError] = {}
     for index, expected, actual, line in batch.failures():
-        error = error_of_reply(line) if line else ValueSizeError(expected, actual)
+        error = (
+            ValueSizeError(expected, actual) if line is None else error_of_reply(line)
+        )
         # LOADING, NOAUTH: no answer about a key, though it came as one.
         if isinstance(error, ConnectionError):
             raise error
@@ -112,7 +124,7 @@ def _batch(command: Command, encoder: EncoderT, keys: Keys) -> Batch:
         keys, Iterable
     ):
         raise TypeError(f"keys: expected a sequence of keys, got {type(keys).__name__}")
-    names: Sequence[Key] = keys if isinstance(keys, (list, tuple)) else list(keys)
+    names = list(keys)  # a copy: errors name keys long after the call
     utf8 = (
         type(encoder) is Encoder
         and encoder.encoding.lower() in ("utf-8", "utf8")
@@ -121,11 +133,11 @@ def _batch(command: Command, encoder: EncoderT, keys: Keys) -> Batch:
     return Batch(command, names, encoder.encode, utf8)
 
 
-class _SetRecorder(BasicKeyCommands):
-    """redis-py's ``set`` with nothing behind it: gives the arguments after the value."""
+class _SetRecorder:
+    """Stands in for a client: gives the arguments of SET after the value."""
 
     def execute_command(self, *args: object, **options: object) -> tuple[object, ...]:
         return args[3:]
 
 
-_RECORDER = _SetRecorder()
+_RECORDER: Any = _SetRecorder()

@@ -65,6 +65,9 @@ _SYNC_TWIN = {
     ),
 }
 
+# Delays that are worked out in advance: native threads cannot ask a Backoff.
+_MOST_DELAYS = 64
+
 # A connection that fails while others work is asked for again at this pace at most.
 _LEAST_DELAY = 0.05
 
@@ -84,7 +87,9 @@ def check_supported(pool: Pool) -> None:
                 f"batch_tile_* cannot use connections of class {cls.__name__} on an "
                 "event loop; known are Connection and UnixDomainSocketConnection"
             )
-        if inspect.iscoroutinefunction(pool.connection_kwargs.get("redis_connect_func")):
+        if inspect.iscoroutinefunction(
+            pool.connection_kwargs.get("redis_connect_func")
+        ):
             raise UnsupportedConnection(
                 "batch_tile_* cannot await a redis_connect_func; pass a plain function"
             )
@@ -92,7 +97,9 @@ def check_supported(pool: Pool) -> None:
 
 def make_connection(pool: Pool, find_loop: FindLoop) -> Any:
     """Make the sync redis-py Connection for one native connection; it does no I/O yet."""
-    kwargs = {k: v for k, v in pool.connection_kwargs.items() if k not in _NOT_FOR_LANES}
+    kwargs = {
+        k: v for k, v in pool.connection_kwargs.items() if k not in _NOT_FOR_LANES
+    }
     kwargs["protocol"] = 2
     _name_fastkv(kwargs)
     cls: Any = pool.connection_class
@@ -134,7 +141,7 @@ def take_socket(connection: Any) -> int:
 def retry_of(pool: Pool) -> AbstractRetry[Any]:
     """The Retry that redis-py's Connection would make of the pool's settings."""
     kwargs = pool.connection_kwargs
-    retry = kwargs.get("retry")
+    retry: AbstractRetry[Any] | None = kwargs.get("retry")
     listed = kwargs.get("retry_on_error")
     errors = list(listed) if isinstance(listed, (list, tuple, set, frozenset)) else []
     if kwargs.get("retry_on_timeout"):
@@ -142,17 +149,22 @@ def retry_of(pool: Pool) -> AbstractRetry[Any]:
     if retry is None:
         retry = Retry(NoBackoff(), 1 if errors else 0)
     elif not errors:
-        return retry  # type: ignore[no-any-return]  # kwargs are untyped in redis-py
+        return retry
     retry = copy.deepcopy(retry)
     retry.update_supported_errors(errors)
-    return retry  # type: ignore[no-any-return]  # kwargs are untyped in redis-py
+    return retry
 
 
 def policy_of(retry: AbstractRetry[Any]) -> RetryPolicy:
     """The part of a Retry that concerns an operation whose connection was lost."""
     errors = retry._supported_errors
+    retries = retry._retries
+    backoff = copy.deepcopy(retry._backoff)
+    backoff.reset()
+    attempts = _MOST_DELAYS if retries < 0 else min(retries, _MOST_DELAYS)
     return RetryPolicy(
-        retry._retries,
+        retries,
+        [max(0.0, float(backoff.compute(n + 1))) for n in range(attempts)],
         connection_lost=issubclass(ConnectionError, errors),
         stalled=issubclass(TimeoutError, errors),
         error_replies=_replies_raising(errors),
@@ -164,7 +176,8 @@ def _replies_raising(errors: tuple[type[Exception], ...]) -> list[bytes]:
     if issubclass(ResponseError, errors):
         return [b""]
     prefixes = []
-    for code, raised in BaseParser.EXCEPTION_CLASSES.items():
+    classes: dict[str, Any] = BaseParser.EXCEPTION_CLASSES
+    for code, raised in classes.items():
         if isinstance(raised, dict):
             for text, exception in raised.items():
                 if issubclass(exception, errors):
@@ -235,11 +248,18 @@ class Connector:
         error: Why the last attempt that was given up has failed.
     """
 
-    def __init__(self, engine: Engine, pool: Pool, find_loop: FindLoop) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        pool: Pool,
+        find_loop: FindLoop,
+        check_used: Callable[[], None],
+    ) -> None:
         self.error: Exception = ConnectionError("Not connected.")
         self._engine = engine
         self._pool = weakref.ref(pool)
         self._find_loop = find_loop
+        self._check_used = check_used
         self._closing = False
         self._connecting: Any = None  # the Connection at work, for close()
         self._thread = threading.Thread(
@@ -271,18 +291,24 @@ class Connector:
             next_due = min((attempt.due for attempt in attempts), default=None)
             if next_due is None or next_due > now:
                 poll.poll(None if next_due is None else (next_due - now) * 1000 + 1)
+            # Clears the event, so it comes before the look at _closing.
+            now = time.monotonic()
+            for lane in self._engine.take_connect_requests():
+                attempts.append(_Attempt(lane, now))
+            self._check_used()  # may close us
             pool = self._pool()
             if self._closing or pool is None:
                 return
-            retry = retry_of(pool)
-            now = time.monotonic()
-            for lane, losses in self._engine.take_connect_requests():
-                delay = retry._backoff.compute(losses) if losses else 0.0
-                attempts.append(_Attempt(lane, now + delay))
-            for attempt in [a for a in attempts if a.due <= now]:
-                attempts = self._try(pool, attempt, retry, attempts)
-                if self._closing:
-                    return
+            newest = self._engine.newest_batch()
+            try:
+                retry = retry_of(pool)
+                for attempt in [a for a in attempts if a.due <= now]:
+                    attempts = self._try(pool, attempt, retry, attempts)
+                    if self._closing:
+                        return
+            except Exception as error:
+                # A backoff of the user's that raises, say. Nobody may wait for ever.
+                attempts = self._give_up(attempts, newest, error)
             del pool  # do not keep it alive while waiting
 
     def _try(
@@ -312,13 +338,7 @@ class Connector:
             ):
                 attempt.due = time.monotonic() + delay
                 return attempts
-            self.error = error
-            # The others would fail likewise: nobody should wait for each of them.
-            for given_up in attempts:
-                self._engine.connect_failed(
-                    given_up.lane, newest, type(error).__name__, max(delay, _LEAST_DELAY)
-                )
-            return []
+            return self._give_up(attempts, newest, error, delay)
         finally:
             self._connecting = None
         self._engine.adopt(
@@ -329,8 +349,26 @@ class Connector:
         )
         return [a for a in attempts if a is not attempt]
 
+    def _give_up(
+        self,
+        attempts: list[_Attempt],
+        newest: int,
+        error: Exception,
+        delay: float = 0.0,
+    ) -> list[_Attempt]:
+        """The others would fail likewise: nobody should wait for each of them."""
+        self.error = error
+        for attempt in attempts:
+            self._engine.connect_failed(
+                attempt.lane, newest, type(error).__name__, max(delay, _LEAST_DELAY)
+            )
+        return []
+
     def fresh_error(self) -> Exception:
         """A copy of `error`, for one caller to raise."""
-        error = copy.copy(self.error)
+        try:
+            error = copy.copy(self.error)
+        except Exception:  # an exception class of the user's that cannot be copied
+            return self.error
         error.__cause__ = self.error
         return error

@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False
+# cython: language_level=3, boundscheck=False, wraparound=False, auto_pickle=False
 # distutils: language = c++
 """The binding of the C++ engine. Converts and calls; decides nothing.
 
@@ -23,7 +23,6 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from libc.errno cimport EINTR, errno
-from libc.string cimport strchr
 from libcpp.memory cimport make_shared, shared_ptr
 from libcpp.string cimport string
 from libcpp.string_view cimport string_view
@@ -72,6 +71,8 @@ cdef class RetryPolicy:
 
     Args:
         retries: Attempts after the first; below 0: no limit.
+        delays: Seconds before the first attempt after a loss, the second ...; the last
+            serves all later ones.
         connection_lost: Whether a reset or closed connection is a reason to try again.
         stalled: Whether a socket time-out is.
         error_replies: Beginnings of error replies that count as a lost connection.
@@ -79,12 +80,16 @@ cdef class RetryPolicy:
 
     cdef shared_ptr[CppRetryPolicy] cpp
 
-    def __init__(self, int retries, *, bint connection_lost, bint stalled, error_replies):
+    def __init__(
+        self, int retries, delays, *, bint connection_lost, bint stalled, error_replies
+    ):
         self.cpp = make_shared[CppRetryPolicy]()
         cdef CppRetryPolicy* policy = self.cpp.get()
         policy.retries = retries
         policy.connection_lost = connection_lost
         policy.stalled = stalled
+        for delay in delays:
+            policy.delays.push_back(Seconds(delay))
         for prefix in error_replies:
             policy.error_replies.push_back(prefix)
 
@@ -177,6 +182,8 @@ cdef class Batch:
         cdef CppBatch* batch = self.cpp.get()
         cdef Py_ssize_t index = 0
         for value in values:
+            if index == <Py_ssize_t>batch.size():
+                raise ValueError("the sequence of buffers grew while it was read")
             if type(value) is tuple:
                 for part in value:
                     self._pin(part, index, writable, as_buffer)
@@ -184,6 +191,8 @@ cdef class Batch:
                 self._pin(value, index, writable, as_buffer)
             batch.end_value()
             index += 1
+        if index != <Py_ssize_t>batch.size():
+            raise ValueError("the sequence of buffers shrank while it was read")
 
     def pin_rows(self, array, bint writable, as_buffer):
         """Pin one array whose first axis runs over the keys. Raises as `pin_values` does."""
@@ -226,7 +235,7 @@ cdef class Batch:
                     f" {type(buffer).__name__} that is not: {error}"
                 ) from None
         self.view_count += 1  # from here on, _release gives it back
-        if view.format != NULL and strchr(view.format, b"O") != NULL:
+        if view.format != NULL and _has_objects(view.format):
             raise TypeError(
                 f"{self._where(index)}: expected plain data, got a"
                 f" {type(buffer).__name__} of Python objects"
@@ -283,7 +292,7 @@ cdef class Batch:
 
     def failures(self):
         """After the drain: ``(index, expected bytes, actual bytes, error line)`` for each key with
-        another length (the line is empty then) or an error reply, in the order of the keys."""
+        another length (the line is None then) or an error reply, in the order of the keys."""
         cdef CppBatch* batch = self.cpp.get()
         if batch.all_answered_plainly():
             return []
@@ -292,7 +301,8 @@ cdef class Batch:
                 failure.index,
                 batch.value_bytes(failure.index),
                 failure.actual_bytes,
-                failure.error.decode("utf-8", "replace"),
+                failure.error.decode("utf-8", "replace")
+                if batch.outcome(failure.index) == Outcome.refused else None,
             )
             for failure in batch.failures()
         )
@@ -301,14 +311,35 @@ cdef class Batch:
 cdef unsigned long long _last_id = 0
 
 
+cdef bint _has_objects(const char* format) noexcept:
+    # PEP 3118: "O" is a Python object, but field names stand between colons.
+    cdef bint named = False
+    while format[0] != 0:
+        if format[0] == c":":
+            named = not named
+        elif format[0] == c"O" and not named:
+            return True
+        format += 1
+    return False
+
+
+cdef int _SIGNAL_CHECK_MS = 50
+
+
 @cython.final
 cdef class CompletionQueue:
-    """Where completed batches wait for one caller: an event loop, or a thread."""
+    """Where completed batches wait for one caller: an event loop, or a thread.
+
+    Attributes:
+        in_flight: Batches submitted for this queue and not yet drained from it.
+    """
 
     cdef shared_ptr[CppCompletionQueue] cpp
+    cdef readonly Py_ssize_t in_flight
 
     def __cinit__(self):
         self.cpp = make_shared[CppCompletionQueue]()
+        self.in_flight = 0
 
     def fileno(self):
         """A descriptor that is readable when there is something to drain."""
@@ -316,7 +347,9 @@ cdef class CompletionQueue:
 
     def wait(self):
         """Sleep until there is something to drain, or `wake` was called. Signal handlers run."""
-        while not self._poll():
+        # A signal that comes right before poll does not interrupt it, so look now and then.
+        PyErr_CheckSignals()
+        while not self._poll(_SIGNAL_CHECK_MS):
             PyErr_CheckSignals()
 
     def wake(self):
@@ -331,8 +364,8 @@ cdef class CompletionQueue:
         """In a child: give the descriptor back."""
         self.cpp.get().close_after_fork()
 
-    cdef bint _poll(self) except -1:
-        # 0: a signal came.
+    cdef bint _poll(self, int milliseconds) except -1:
+        # 0: a signal came, or the time is over.
         cdef pollfd entry
         cdef int ready
         cdef int error
@@ -341,7 +374,7 @@ cdef class CompletionQueue:
         if entry.fd < 0:
             raise OSError("the queue was closed, or left behind by a fork")
         with nogil:
-            ready = poll(&entry, 1, -1)
+            ready = poll(&entry, 1, milliseconds)
             error = errno
         if ready < 0 and error != EINTR:
             raise OSError(error, os.strerror(error))
@@ -397,10 +430,12 @@ cdef class Engine:
         cdef shared_ptr[CppCompletionQueue] cpp_queue = queue.cpp
         cdef shared_ptr[const CppRetryPolicy] cpp_policy = policy.cpp
         self.in_flight[batch.id] = batch
+        queue.in_flight += 1
         with nogil:
             status = self.cpp.submit(move(cpp), batch.id, move(cpp_queue), move(cpp_policy), timeout)
         if status.code != _Code.ok:
             del self.in_flight[batch.id]
+            queue.in_flight -= 1
         return <int>status.code
 
     def run(self, Batch batch, CompletionQueue queue, RetryPolicy policy, double timeout):
@@ -417,7 +452,7 @@ cdef class Engine:
             self.cancel(batch)
             # Workers let go within one turn of their loops, whatever the network does.
             while not batch.drained:
-                queue._poll()
+                queue._poll(-1)
                 self.drain(queue)
             raise
         return code
@@ -440,6 +475,7 @@ cdef class Engine:
             batch = self.in_flight.pop(id)
             batch.drained = True
             batch._release()
+            queue.in_flight -= 1
             done.append(batch)
         return done
 
@@ -472,11 +508,11 @@ cdef class Engine:
         self.cpp.wake_connector()
 
     def take_connect_requests(self):
-        """Return ``(lane, losses in a row)`` for each connection that the engine wants."""
-        cdef vector[LaneRequest] requests
+        """Return the lanes that the engine wants connections for."""
+        cdef vector[uint32_t] lanes
         with nogil:
-            requests = self.cpp.take_connect_requests()
-        return [(request.lane, request.failures) for request in requests]
+            lanes = self.cpp.take_connect_requests()
+        return list(lanes)
 
     def adopt(self, uint32_t lane, int fd, double stall_timeout, double health_interval):
         """Take over a connected socket; closes it in the end, and also when this raises.
@@ -503,7 +539,8 @@ cdef class Engine:
 
     def before_fork(self):
         """Bring the list of descriptors in order; one of the next two must follow."""
-        self.cpp.before_fork()
+        with nogil:
+            self.cpp.before_fork()
 
     def after_fork_in_parent(self):
         """Go on."""

@@ -79,8 +79,12 @@ cdef extern from "session.hpp" namespace "fastkv" nogil:
 
 
 cdef extern from "batch.hpp" namespace "fastkv" nogil:
+    cdef cppclass Seconds "std::chrono::duration<double>":
+        Seconds(double) noexcept
+
     cdef cppclass CppRetryPolicy "fastkv::RetryPolicy":
         int64_t retries
+        vector[Seconds] delays
         cpp_bool connection_lost
         cpp_bool stalled
         vector[string] error_replies
@@ -104,12 +108,6 @@ cdef extern from "batch.hpp" namespace "fastkv" nogil:
         cpp_bool all_answered_plainly() noexcept
         const vector[Failure]& failures() noexcept
         const Status& status() noexcept
-
-
-cdef extern from "schedule.hpp" namespace "fastkv" nogil:
-    cdef cppclass LaneRequest:
-        uint32_t lane
-        uint32_t failures
 
 
 cdef extern from "worker.hpp" namespace "fastkv" nogil:
@@ -140,7 +138,7 @@ cdef extern from "engine.hpp" namespace "fastkv" nogil:
         size_t batches() except +
         int connect_event() noexcept
         void wake_connector() noexcept
-        vector[LaneRequest] take_connect_requests() except +
+        vector[uint32_t] take_connect_requests() except +
         void adopt(uint32_t, UniqueFd, double, double) except +
         void connect_failed(uint32_t, uint64_t, string, double) except +
         void before_fork() except +

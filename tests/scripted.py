@@ -82,7 +82,9 @@ class _Peer:
             with self._lock:
                 self.connections += 1
                 self._sockets.append(connection)
-            thread = threading.Thread(target=self._serve, args=(connection,), name="peer")
+            thread = threading.Thread(
+                target=self._serve, args=(connection,), name="peer"
+            )
             self._threads.append(thread)
             thread.start()
 
@@ -128,6 +130,7 @@ class _Peer:
     ) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self._threads[0].join(10)  # no connection is added any more
         self.drop_all()
         for thread in self._threads:
             thread.join(10)

@@ -9,7 +9,9 @@ import redis.asyncio
 
 from fastkv import commands
 from fastkv.commands import Keys, Seconds, When
-from fastkv.node import Node, TileOptions, leave_node, node_of, options_of_url
+from fastkv.node import Node
+from fastkv.options import TileOptions, options_of_url
+from fastkv.registry import leave_node, node_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,7 +35,9 @@ class Redis(redis.asyncio.Redis):
         **kwargs: Any,
     ) -> None:
         self._tile_node: Node | None = None
-        self._tile_options = TileOptions(tile_workers, tile_connections, tile_window_bytes)
+        self._tile_options = TileOptions(
+            tile_workers, tile_connections, tile_window_bytes
+        )
         super().__init__(**kwargs)
 
     @classmethod
@@ -41,6 +45,7 @@ class Redis(redis.asyncio.Redis):
         """As redis-py's; ``tile_*`` arguments may stand in the query too."""
         url, options, kwargs = options_of_url(url, kwargs)
         client = super().from_url(url, *args, **kwargs)
+        assert isinstance(client, cls)
         client._tile_options = options
         return client
 
@@ -55,12 +60,14 @@ class Redis(redis.asyncio.Redis):
         node, self._tile_node = self._tile_node, None
         if node is not None:
             # Joins threads, which may take a moment.
-            await asyncio.get_running_loop().run_in_executor(None, leave_node, self, node)
+            await asyncio.get_running_loop().run_in_executor(
+                None, leave_node, self, node
+            )
         await super().aclose(close_connection_pool)
 
     def _node(self) -> Node:
         node = self._tile_node
-        if node is None or node.closed:
+        if node is None or not node.usable:
             node = self._tile_node = node_of(self, self._tile_options)
         return node
 
@@ -77,7 +84,7 @@ class Redis(redis.asyncio.Redis):
         Cancelling the task takes the batch back. `asyncio.CancelledError` is raised once no
         thread can write the buffers any more, which takes moments, not the network's time.
         """
-        batch = commands.get(self.get_encoder(), keys, buffers)
+        batch = commands.get(self.connection_pool.get_encoder(), keys, buffers)
         return await self._node().wait(batch, timeout)
 
     async def batch_tile_set(
@@ -96,7 +103,16 @@ class Redis(redis.asyncio.Redis):
     ) -> list[bool]:
         """`fastkv.Redis.batch_tile_set`, awaited; cancelled as `batch_tile_get` is."""
         batch = commands.set(
-            self.get_encoder(), keys, buffers, ex, px, exat, pxat, keepttl, nx, xx
+            self.connection_pool.get_encoder(),
+            keys,
+            buffers,
+            ex,
+            px,
+            exat,
+            pxat,
+            keepttl,
+            nx,
+            xx,
         )
         return await self._node().wait(batch, timeout)
 
@@ -104,12 +120,12 @@ class Redis(redis.asyncio.Redis):
         self, keys: Keys, *, timeout: float | None = None
     ) -> list[bool]:
         """`fastkv.Redis.batch_tile_exists`, awaited."""
-        batch = commands.exists(self.get_encoder(), keys)
+        batch = commands.exists(self.connection_pool.get_encoder(), keys)
         return await self._node().wait(batch, timeout)
 
     async def batch_tile_delete(
         self, keys: Keys, *, timeout: float | None = None
     ) -> list[bool]:
         """`fastkv.Redis.batch_tile_delete`, awaited."""
-        batch = commands.delete(self.get_encoder(), keys)
+        batch = commands.delete(self.connection_pool.get_encoder(), keys)
         return await self._node().wait(batch, timeout)

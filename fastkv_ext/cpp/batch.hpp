@@ -28,9 +28,11 @@ using Clock = std::chrono::steady_clock;
 enum class Priority : std::uint8_t { lookup, retrieve, store };
 inline constexpr std::size_t kPriorities = 3;
 
-// redis-py's Retry, as far as an operation is concerned. The delays are the connector's.
+// redis-py's Retry, as far as an operation is concerned.
 struct RetryPolicy {
   std::int64_t retries = 0;  // below 0: for ever
+  // Before the first attempt after a loss, the second ...; the last delay serves all later ones.
+  std::vector<std::chrono::duration<double>> delays;
   bool connection_lost = true;
   bool stalled = true;
   // Error replies that start with one of these count as a lost connection ("LOADING").
@@ -84,9 +86,9 @@ class Batch {
   // immutable after submit
   const Command command_;
   bool repeatable_ = true;
-  std::string keys_;                      // all keys, one after the other
+  std::string keys_;  // all keys, one after the other
   std::vector<std::size_t> key_ends_;
-  std::vector<Segment> segments_;         // all values' segments, one after the other
+  std::vector<Segment> segments_;  // all values' segments, one after the other
   std::vector<std::size_t> value_ends_;
   std::string set_options_;
   std::size_t set_option_count_ = 0;
@@ -98,19 +100,20 @@ class Batch {
   std::optional<Clock::time_point> deadline_;
 
   // guarded by Schedule::mutex_
-  std::size_t cursor_ = 0;                // the first operation that was never pulled
-  std::vector<std::uint32_t> again_;      // operations that came back from a lost connection
-  std::vector<std::uint32_t> attempts_;   // empty until one is lost
-  Status status_;                         // not ok: the batch failed as a whole
-  bool abandoned_ = false;                // its memory must not be used for new operations
-  bool queued_ = false;                   // it stands in a queue
+  std::size_t cursor_ = 0;               // the first operation that was never pulled
+  std::vector<std::uint32_t> again_;     // operations that came back from a lost connection
+  std::vector<std::uint32_t> attempts_;  // empty until one is lost
+  Status status_;                        // not ok: the batch failed as a whole
+  bool abandoned_ = false;               // its memory must not be used for new operations
+  bool queued_ = false;                  // it stands in a queue
+  std::size_t delayed_ = 0;              // operations that wait for their next attempt
 
   // Counted down by workers; the one that reaches 0 completes the batch.
   std::atomic<std::size_t> unfinished_{0};
 
-  std::vector<Outcome> outcomes_;         // [i]: the worker that carries i, then the caller
+  std::vector<Outcome> outcomes_;  // [i]: the worker that carries i, then the caller
   std::mutex failures_mutex_;
-  std::vector<Failure> failures_;         // guarded by failures_mutex_ until completion
+  std::vector<Failure> failures_;  // guarded by failures_mutex_ until completion
 };
 
 }  // namespace fastkv

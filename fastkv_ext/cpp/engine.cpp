@@ -1,5 +1,6 @@
 #include "engine.hpp"
 
+#include <algorithm>
 #include <utility>
 
 namespace fastkv {
@@ -15,8 +16,10 @@ std::vector<PrioritySet> lane_priorities(std::size_t connections) {
   return lanes;
 }
 
+// More than 30 years are as good as for ever, and fit in nanoseconds.
 Clock::duration to_duration(double seconds) {
-  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+  return std::chrono::duration_cast<Clock::duration>(
+      std::chrono::duration<double>(std::min(seconds, 1e9)));
 }
 
 }  // namespace
@@ -34,7 +37,9 @@ Engine::Engine(std::size_t workers, std::size_t connections, Window window)
   }
 }
 
-Engine::~Engine() { close(); }
+Engine::~Engine() {
+  close();
+}
 
 Status Engine::submit(std::shared_ptr<Batch> batch, std::uint64_t id,
                       std::shared_ptr<CompletionQueue> queue,
@@ -44,7 +49,9 @@ Status Engine::submit(std::shared_ptr<Batch> batch, std::uint64_t id,
   return schedule_.submit(std::move(batch), id, std::move(queue), std::move(retry), deadline);
 }
 
-void Engine::cancel(std::uint64_t id) { schedule_.abandon(id, {Code::cancelled, {}}); }
+void Engine::cancel(std::uint64_t id) {
+  schedule_.abandon(id, {Code::cancelled, {}});
+}
 
 void Engine::close() {
   std::lock_guard lock(close_mutex_);

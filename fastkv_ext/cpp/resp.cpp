@@ -35,7 +35,9 @@ void append_array_header(std::string& out, std::size_t arguments) {
   append_header(out, '*', arguments);
 }
 
-void append_bulk_header(std::string& out, std::size_t bytes) { append_header(out, '$', bytes); }
+void append_bulk_header(std::string& out, std::size_t bytes) {
+  append_header(out, '$', bytes);
+}
 
 void append_bulk(std::string& out, std::string_view argument) {
   append_bulk_header(out, argument.size());

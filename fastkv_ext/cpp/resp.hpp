@@ -21,21 +21,21 @@ std::size_t bulk_header_size(std::size_t bytes) noexcept;
 struct ReplyHead {
   enum class Type : std::uint8_t { simple, error, integer, bulk, array };
   Type type = Type::simple;
-  std::int64_t value = 0;   // the integer; the length of a bulk or array, -1 for a nil
-  std::string_view text;    // simple and error: the line without its type and CRLF
+  std::int64_t value = 0;  // the integer; the length of a bulk or array, -1 for a nil
+  std::string_view text;   // simple and error: the line without its type and CRLF
 };
 
 class ReplyParser {
  public:
   // The longest simple string or error that a peer may send.
-  static constexpr std::size_t kMaxLine = 60 * 1024;
+  static constexpr std::size_t kMaxLine = std::size_t{60} << 10;
 
   enum class Found : std::uint8_t { head, incomplete, malformed };
   struct Step {
     Found found = Found::incomplete;
     ReplyHead head;
-    std::size_t consumed = 0;    // bytes of the head; the caller drops them
-    const char* why = nullptr;   // malformed: what was wrong
+    std::size_t consumed = 0;   // bytes of the head; the caller drops them
+    const char* why = nullptr;  // malformed: what was wrong
   };
 
   // `unread` starts where the last head (or the body the caller took after it) ended. After

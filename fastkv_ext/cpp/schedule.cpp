@@ -68,7 +68,7 @@ Status Schedule::submit(std::shared_ptr<Batch> batch, std::uint64_t id,
   return {};
 }
 
-bool Schedule::abandon(std::uint64_t id, Status why) {
+bool Schedule::abandon(std::uint64_t id, const Status& why) {
   Batches found;
   {
     std::lock_guard lock(mutex_);
@@ -116,7 +116,8 @@ void Schedule::abandon_batches(const Batches& batches, const Status& why) {
     std::size_t dropped = 0;
     {
       std::lock_guard lock(mutex_);
-      if (batch->abandoned_) continue;
+      // It may be complete by now, and its caller read the status.
+      if (batch->abandoned_ || !accepted_.contains(batch->id_)) continue;
       batch->abandoned_ = true;
       if (batch->status_.ok()) batch->status_ = why;
       dropped = batch->size() - batch->cursor_ + batch->again_.size();
@@ -126,6 +127,10 @@ void Schedule::abandon_batches(const Batches& batches, const Status& why) {
       if (batch->queued_) std::erase(queues_[priority], batch.get());
       batch->queued_ = false;
       queued_[priority] -= dropped;
+      if (std::exchange(batch->delayed_, 0) > 0) {
+        dropped += std::erase_if(
+            delayed_, [&](const auto& entry) { return entry.second.batch == batch.get(); });
+      }
     }
     for (const auto& inbox : inboxes_) inbox->post(Abandon{batch});
     if (dropped > 0) finish(*batch, dropped);
@@ -134,7 +139,7 @@ void Schedule::abandon_batches(const Batches& batches, const Status& why) {
 
 // --- the connector thread ----------------------------------------------------------------------
 
-std::vector<LaneRequest> Schedule::take_connect_requests() {
+std::vector<std::uint32_t> Schedule::take_connect_requests() {
   connect_event_.clear();  // before the swap: a request after it signals again
   std::lock_guard lock(mutex_);
   return std::exchange(connect_requests_, {});
@@ -185,9 +190,9 @@ bool Schedule::served_locked(Priority priority) const noexcept {
 // --- workers -----------------------------------------------------------------------------------
 
 std::size_t Schedule::lanes_serving(Priority priority) const noexcept {
-  return static_cast<std::size_t>(std::count_if(
-      lanes_.begin(), lanes_.end(),
-      [&](PrioritySet set) { return (set & priority_bit(priority)) != 0; }));
+  return static_cast<std::size_t>(std::count_if(lanes_.begin(), lanes_.end(), [&](PrioritySet set) {
+    return (set & priority_bit(priority)) != 0;
+  }));
 }
 
 PrioritySet Schedule::with_work() const noexcept {
@@ -239,6 +244,7 @@ Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
 
 bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counted, Code why) {
   const PrioritySet priorities = priority_bit(batch.priority());
+  std::chrono::duration<double> delay{0};
   {
     std::lock_guard lock(mutex_);
     if (batch.abandoned_ || (sent && !batch.repeatable_)) return false;
@@ -248,11 +254,24 @@ bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counte
       if (batch.attempts_.empty()) batch.attempts_.resize(batch.size());
       const std::uint32_t attempts = ++batch.attempts_[index];
       if (policy.retries >= 0 && attempts > policy.retries) return false;
+      if (!policy.delays.empty()) {
+        delay = policy.delays[std::min<std::size_t>(attempts, policy.delays.size()) - 1];
+      }
     }
-    batch.again_.push_back(index);
-    enqueue_locked(batch, 1);
+    if (delay.count() > 0) {
+      delayed_.emplace(Clock::now() + std::chrono::duration_cast<Clock::duration>(delay),
+                       Delayed{&batch, index});
+      ++batch.delayed_;
+    } else {
+      batch.again_.push_back(index);
+      enqueue_locked(batch, 1);
+    }
   }
-  wake_sleepers(priorities, 0, inboxes_.size());
+  if (delay.count() > 0) {
+    inbox(0).wake();  // it must look at its clock again
+  } else {
+    wake_sleepers(priorities, 0, inboxes_.size());
+  }
   return true;
 }
 
@@ -273,8 +292,8 @@ void Schedule::finish(Batch& batch, std::size_t operations) {
     const auto it = accepted_.find(batch.id_);
     done = std::move(it->second);
     accepted_.erase(it);
-    if (done->deadline_) {
-      const auto [first, last] = deadlines_.equal_range(*done->deadline_);
+    if (const auto& deadline = done->deadline_) {
+      const auto [first, last] = deadlines_.equal_range(*deadline);
       for (auto at = first; at != last; ++at) {
         if (at->second == done->id_) {
           deadlines_.erase(at);
@@ -286,8 +305,7 @@ void Schedule::finish(Batch& batch, std::size_t operations) {
   done->queue_->push(done->id_);
 }
 
-void Schedule::wake_sleepers(PrioritySet priorities, std::size_t first,
-                             std::size_t most) noexcept {
+void Schedule::wake_sleepers(PrioritySet priorities, std::size_t first, std::size_t most) noexcept {
   for (std::size_t i = first; i < inboxes_.size() && most > 0; ++i) {
     if ((inboxes_[i]->priorities & priorities) == 0) continue;
     if (!inboxes_[i]->asleep.exchange(false)) continue;
@@ -297,11 +315,13 @@ void Schedule::wake_sleepers(PrioritySet priorities, std::size_t first,
 }
 
 // Only upwards, or two workers that can both do nothing would wake each other for ever.
-void Schedule::pass_on(std::size_t from) noexcept { wake_sleepers(with_work(), from + 1, 1); }
+void Schedule::pass_on(std::size_t from) noexcept {
+  wake_sleepers(with_work(), from + 1, 1);
+}
 
-std::uint64_t Schedule::request_connection(LaneRequest request) {
+std::uint64_t Schedule::request_connection(std::uint32_t lane) {
   std::lock_guard lock(mutex_);
-  connect_requests_.push_back(request);
+  connect_requests_.push_back(lane);
   connect_event_.signal();
   return generation_;
 }
@@ -316,16 +336,29 @@ void Schedule::lost(std::uint32_t lane) {
   connected_[lane] = false;
 }
 
-std::optional<Clock::time_point> Schedule::next_deadline() const {
+std::optional<Clock::time_point> Schedule::next_due() const {
   std::lock_guard lock(mutex_);
-  if (deadlines_.empty()) return std::nullopt;
-  return deadlines_.begin()->first;
+  std::optional<Clock::time_point> next;
+  if (!deadlines_.empty()) next = deadlines_.begin()->first;
+  if (!delayed_.empty() && (!next || delayed_.begin()->first < *next)) {
+    next = delayed_.begin()->first;
+  }
+  return next;
 }
 
-void Schedule::expire(Clock::time_point now) {
+void Schedule::run_due(Clock::time_point now) {
   Batches late;
+  PrioritySet released = 0;
   {
     std::lock_guard lock(mutex_);
+    while (!delayed_.empty() && delayed_.begin()->first <= now) {
+      const auto [batch, index] = delayed_.begin()->second;
+      delayed_.erase(delayed_.begin());
+      --batch->delayed_;
+      batch->again_.push_back(index);
+      enqueue_locked(*batch, 1);
+      released |= priority_bit(batch->priority());
+    }
     while (!deadlines_.empty() && deadlines_.begin()->first <= now) {
       // A batch may be on its way out already; then it is not accepted_ any more.
       const auto it = accepted_.find(deadlines_.begin()->second);
@@ -333,10 +366,13 @@ void Schedule::expire(Clock::time_point now) {
       deadlines_.erase(deadlines_.begin());
     }
   }
+  if (released != 0) wake_sleepers(released, 0, inboxes_.size());
   abandon_batches(late, {Code::timed_out, {}});
 }
 
-void Schedule::worker_died(const std::string& why) { close({Code::internal_error, why}); }
+void Schedule::worker_died(const std::string& why) {
+  close({Code::internal_error, why});
+}
 
 void Schedule::close_fds() noexcept {
   for (const auto& inbox : inboxes_) inbox->close();

@@ -75,11 +75,6 @@ class Inbox {
   std::vector<Message> messages_;  // guarded by mutex_
 };
 
-struct LaneRequest {
-  std::uint32_t lane = 0;
-  std::uint32_t failures = 0;  // losses in a row, for the back-off
-};
-
 class Schedule {
  public:
   Schedule(std::size_t workers, std::vector<PrioritySet> lane_priorities);
@@ -90,7 +85,7 @@ class Schedule {
                 std::optional<Clock::time_point> deadline);
   // Ends a batch early; it completes as soon as no worker can touch its memory any more. False if
   // it was complete already.
-  bool abandon(std::uint64_t id, Status why);
+  bool abandon(std::uint64_t id, const Status& why);
   void abandon_all(const Status& why);
   // No connection that was asked for before carries anything new.
   void retire_connections();
@@ -101,7 +96,7 @@ class Schedule {
   // --- the connector thread ---
   int connect_event() const noexcept { return connect_event_.fd(); }
   void wake_connector() noexcept;
-  std::vector<LaneRequest> take_connect_requests();
+  std::vector<std::uint32_t> take_connect_requests();  // lanes
   void connected(std::uint32_t lane);
   // What is queued for a priority that no connection serves fails, unless it came only after the
   // last try had begun (its id is above `newest`): it is worth a try of its own.
@@ -128,12 +123,12 @@ class Schedule {
   // Somebody may sleep who can carry what worker `from` was woken for and could not.
   void pass_on(std::size_t from) noexcept;
   // Returns the generation that the new connection will be of.
-  std::uint64_t request_connection(LaneRequest request);
+  std::uint64_t request_connection(std::uint32_t lane);
   std::uint64_t generation() const;
   void lost(std::uint32_t lane);
-  // Deadlines are watched by one worker, the first.
-  std::optional<Clock::time_point> next_deadline() const;
-  void expire(Clock::time_point now);
+  // Deadlines and delayed attempts are watched by one worker, the first.
+  std::optional<Clock::time_point> next_due() const;
+  void run_due(Clock::time_point now);
   void worker_died(const std::string& why);
 
   std::size_t workers() const noexcept { return inboxes_.size(); }
@@ -168,12 +163,17 @@ class Schedule {
   EventFd connect_event_;  // signalled and closed under mutex_
   // guarded by mutex_
   std::uint64_t generation_ = 0;  // counts retire_connections
-  Status refusal_;  // not ok: no batch is accepted any more
+  Status refusal_;                // not ok: no batch is accepted any more
   // Shared with the Python object that reads the outcomes after completion.
   std::unordered_map<std::uint64_t, std::shared_ptr<Batch>> accepted_;
   std::array<std::deque<Batch*>, kPriorities> queues_;
   std::multimap<Clock::time_point, std::uint64_t> deadlines_;
-  std::vector<LaneRequest> connect_requests_;
+  struct Delayed {
+    Batch* batch = nullptr;
+    std::uint32_t index = 0;
+  };
+  std::multimap<Clock::time_point, Delayed> delayed_;
+  std::vector<std::uint32_t> connect_requests_;
   std::vector<bool> connected_;  // by lane
 
   // Operations queued, by priority. Written under mutex_; read without it as a hint whether pull

@@ -54,9 +54,7 @@ void Session::push(const Operation& operation) {
       heads_.append("*2\r\n$6\r\nUNLINK\r\n");
       append_bulk(heads_, operation.key);
       break;
-    case Command::ping:
-      heads_.append("*1\r\n$4\r\nPING\r\n");
-      break;
+    case Command::ping: heads_.append("*1\r\n$4\r\nPING\r\n"); break;
     case Command::set:
       append_array_header(heads_, 3 + operation.set_option_count);
       heads_.append("$3\r\nSET\r\n");
@@ -254,6 +252,15 @@ Status Session::take_head(const ReplyHead& head) {
   using Type = ReplyHead::Type;
   if (waiting_.empty()) return protocol_error("a reply that nobody asked for");
   const Waiting& front = waiting_.front();
+  if (front.end_byte > written_) {
+    // Answered before it was sent to its end. A server does so to refuse a request that it will
+    // not read. The rest must not be sent, or read from memory that is the caller's again.
+    if (head.type != Type::error) return protocol_error("a reply to what was not asked yet");
+    pieces_.clear();
+    Status refused{Code::connection_lost, std::string(head.text)};
+    complete(Outcome::refused, 0, head.text);
+    return refused;
+  }
   const bool awaits_body = front.command == Command::get;
   if (awaits_body && (head.type != Type::bulk || head.value < 0)) unread_ -= front.value_bytes;
   if (head.type == Type::error) {

@@ -44,9 +44,9 @@ struct Ticket {
 struct Operation {
   Command command = Command::get;
   Ticket ticket;
-  std::string_view key;                // read during push() only
-  std::span<const Segment> value;      // get, set: used until the operation completes
-  std::string_view set_options;        // set: arguments after the value, already RESP bulk strings
+  std::string_view key;            // read during push() only
+  std::span<const Segment> value;  // get, set: used until the operation completes
+  std::string_view set_options;    // set: arguments after the value, already RESP bulk strings
   std::size_t set_option_count = 0;
 };
 
@@ -59,7 +59,7 @@ struct Completed {
 
 class Session {
  public:
-  static constexpr std::size_t kScratchBytes = 64 * 1024;
+  static constexpr std::size_t kScratchBytes = std::size_t{64} << 10;
   static constexpr std::size_t kMaxIov = 64;
 
   Session();
@@ -72,7 +72,8 @@ class Session {
   void commit_write(std::size_t bytes) noexcept;
 
   // Where the next bytes must land; commit_read says how many came. A failure means that the peer
-  // does not speak our protocol: the connection must be dropped.
+  // does not speak our protocol, or will not read what we send: the connection must be dropped,
+  // after completed() was looked at.
   std::span<const iovec> prepare_read() noexcept;
   Status commit_read(std::size_t bytes);
 
@@ -106,7 +107,8 @@ class Session {
     Ticket ticket;
     Command command = Command::get;
     bool abandoned = false;
-    std::uint64_t first_byte = 0;  // where the request begins and ends in the stream of all requests
+    std::uint64_t first_byte =
+        0;  // where the request begins and ends in the stream of all requests
     std::uint64_t end_byte = 0;
     std::span<const Segment> value;
     std::uint64_t value_bytes = 0;
@@ -133,10 +135,10 @@ class Session {
   // Sending.
   std::string heads_;
   std::deque<Piece> pieces_;
-  std::size_t piece_sent_ = 0;   // bytes of pieces_.front() that are out
-  std::uint64_t queued_ = 0;     // bytes of requests ever pushed, and ever written
+  std::size_t piece_sent_ = 0;  // bytes of pieces_.front() that are out
+  std::uint64_t queued_ = 0;    // bytes of requests ever pushed, and ever written
   std::uint64_t written_ = 0;
-  std::uint64_t unsent_ = 0;     // value bytes in pieces_ that are not out
+  std::uint64_t unsent_ = 0;  // value bytes in pieces_ that are not out
   std::array<iovec, kMaxIov> write_iov_;
 
   // Receiving.
@@ -146,7 +148,7 @@ class Session {
   bool discard_ = false;         // reading body: it fits nowhere, drop it
   Outcome body_outcome_ = Outcome::unanswered;
   std::int64_t body_bytes_ = 0;
-  std::size_t segment_ = 0;      // where the next body byte goes, in waiting_.front().value
+  std::size_t segment_ = 0;  // where the next body byte goes, in waiting_.front().value
   std::size_t segment_at_ = 0;
   std::uint64_t unread_ = 0;
   std::unique_ptr<std::byte[]> scratch_;

@@ -4,8 +4,8 @@
 #include <sys/socket.h>
 
 #include <cerrno>
-#include <cstring>
 #include <string>
+#include <system_error>
 #include <utility>
 
 namespace fastkv {
@@ -15,9 +15,10 @@ Stream::Moved failed(const char* doing) noexcept {
   const int error = errno;
   if (error == EAGAIN || error == EWOULDBLOCK) return {};
   try {
-    return {0,
-            {Code::connection_lost, std::string("Error ") + std::to_string(error) + " while " +
-                                        doing + " socket. " + std::strerror(error) + "."}};
+    return {
+        0,
+        {Code::connection_lost, std::string("Error ") + std::to_string(error) + " while " + doing +
+                                    " socket. " + std::generic_category().message(error) + "."}};
   } catch (...) {
     return {0, {Code::connection_lost, {}}};
   }

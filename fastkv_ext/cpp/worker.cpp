@@ -16,7 +16,7 @@ namespace fastkv {
 namespace {
 
 // What one connection may read before the others have a turn.
-constexpr std::size_t kReadBudget = 4 * 1024 * 1024;
+constexpr std::size_t kReadBudget = std::size_t{4} << 20;
 
 }  // namespace
 
@@ -58,6 +58,7 @@ void Worker::join() {
 void Worker::run() noexcept {
   ::pthread_setname_np(::pthread_self(), "fastkv-worker");
   const auto end = [this](const Status& why) {
+    for (; carried_.count > 0; --carried_.count) schedule_.fail(*carried_.batch, why);
     for (const auto& lane : lanes_) {
       if (lane->state == State::connected) lose(*lane, why, false);
     }
@@ -81,6 +82,7 @@ void Worker::loop() {
   std::array<epoll_event, 64> events;
   bool woken = false;
   for (;;) {
+    turn_again_ = false;
     flush_finished();  // before new work: somebody waits for it
     now_ = Clock::now();
     // From here on whoever queues work wakes us: see Inbox::asleep.
@@ -88,7 +90,9 @@ void Worker::loop() {
     std::size_t fed = 0;
     for (const auto& lane : lanes_) fed += feed(*lane);
     if (woken && fed == 0 && schedule_.has_work(inbox.priorities)) schedule_.pass_on(index_);
-    const int count = ::epoll_wait(epoll_.get(), events.data(), events.size(), next_timeout());
+    // Writing may have lost a connection, or completed something by a reply that came meanwhile.
+    const int timeout = turn_again_ ? 0 : next_timeout();
+    const int count = ::epoll_wait(epoll_.get(), events.data(), events.size(), timeout);
     if (count < 0 && errno != EINTR) {
       throw std::system_error(errno, std::generic_category(), "epoll_wait");
     }
@@ -107,7 +111,7 @@ void Worker::loop() {
     }
     if (woken && !handle_messages()) return;
     check_stalls();
-    if (index_ == 0) schedule_.expire(now_);
+    if (index_ == 0) schedule_.run_due(now_);
   }
 }
 
@@ -205,8 +209,6 @@ void Worker::settle(Lane& lane) {
       if (drop.ok()) drop = {Code::connection_lost, completed.error};
       // An error reply says that the command did not run, so even a conditional SET may go again.
       if (schedule_.requeue(batch, index, false, true, Code::connection_lost)) continue;
-    } else {
-      lane.failures = 0;
     }
     if (completed.outcome == Outcome::hit || completed.outcome == Outcome::miss) {
       batch.answer(index, completed.outcome);
@@ -232,7 +234,7 @@ std::size_t Worker::feed(Lane& lane) {
   if (lane.state == State::connected && idle) receive(lane);
   if (lane.state == State::absent && now_ >= lane.retry_at) {
     lane.state = State::requested;
-    lane.generation = schedule_.request_connection({lane.number, lane.failures});
+    lane.generation = schedule_.request_connection(lane.number);
   }
   if (lane.state != State::connected || lane.checking) return 0;
   Session& session = lane.session;
@@ -245,14 +247,14 @@ std::size_t Worker::feed(Lane& lane) {
   }
   std::size_t fed = 0;
   while (session.requests() < window_.requests && session.outstanding_bytes() < window_.bytes) {
-    const auto run = schedule_.pull(lane.priorities, lane.generation,
-                                    window_.requests - session.requests(),
-                                    window_.bytes - session.outstanding_bytes());
-    if (run.count == 0) break;
-    for (std::uint32_t i = 0; i < run.count; ++i) {
-      session.push(run.batch->operation(run.first + i));
+    carried_ =
+        schedule_.pull(lane.priorities, lane.generation, window_.requests - session.requests(),
+                       window_.bytes - session.outstanding_bytes());
+    if (carried_.count == 0) break;
+    fed += carried_.count;
+    for (; carried_.count > 0; --carried_.count) {
+      session.push(carried_.batch->operation(carried_.first++));
     }
-    fed += run.count;
   }
   if (fed == 0) return 0;
   if (idle) lane.progress = now_;
@@ -264,15 +266,17 @@ std::size_t Worker::feed(Lane& lane) {
 // Drops the connection. Its operations go back to the queue as far as their policy allows.
 // `counted`: the loss is the connection's fault, and uses up an attempt of each.
 void Worker::lose(Lane& lane, const Status& why, bool counted) {
+  turn_again_ = true;
+  // Closing alone would not do, if a forked child still holds the socket.
+  ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, lane.stream->fd(), nullptr);
   {
     std::lock_guard lock(schedule_.fork_mutex());
-    lane.stream.reset();  // also leaves the epoll set
+    lane.stream.reset();
   }
   lane.state = State::absent;
   lane.checking = lane.polls_write = false;
   schedule_.lost(lane.number);
   const auto lost = lane.session.reset();
-  if (counted && !lost.empty()) ++lane.failures;
   for (const auto& operation : lost) {
     auto& batch = *static_cast<Batch*>(operation.ticket.owner);
     if (why.code != Code::protocol_error &&
@@ -300,6 +304,7 @@ void Worker::abandon(const Batch& batch) {
 }
 
 void Worker::finished(Batch* batch) {
+  turn_again_ = true;
   if (batch != finished_batch_) {
     flush_finished();
     finished_batch_ = batch;
@@ -330,7 +335,7 @@ int Worker::next_timeout() const {
     }
   }
   if (index_ == 0) {
-    if (const auto deadline = schedule_.next_deadline()) consider(*deadline);
+    if (const auto due = schedule_.next_due()) consider(*due);
   }
   if (!next) return -1;
   if (*next <= now_) return 0;
@@ -346,7 +351,8 @@ void Worker::check_stalls() {
       continue;
     }
     const bool writing = lane->session.has_unsent();
-    lose(*lane, {Code::stalled, writing ? "Timeout writing to socket" : "Timeout reading from socket"},
+    lose(*lane,
+         {Code::stalled, writing ? "Timeout writing to socket" : "Timeout reading from socket"},
          true);
   }
 }

@@ -45,14 +45,13 @@ class Worker {
     State state = State::absent;
     std::unique_ptr<Stream> stream;  // changes under Schedule::fork_mutex
     Session session;
-    std::uint64_t generation = 0;    // if not the schedule's: pull no more, drop it when idle
-    bool checking = false;           // a health check is on its way; pull when it is answered
-    bool polls_write = false;        // registered for EPOLLOUT
-    std::uint32_t failures = 0;      // losses since the last good reply
+    std::uint64_t generation = 0;  // if not the schedule's: pull no more, drop it when idle
+    bool checking = false;         // a health check is on its way; pull when it is answered
+    bool polls_write = false;      // registered for EPOLLOUT
     Clock::duration stall_timeout{};
     Clock::duration health_interval{};
-    Clock::time_point progress;      // when a byte last moved, or the wait for one began
-    Clock::time_point retry_at;      // absent: not to be asked for before
+    Clock::time_point progress;  // when a byte last moved, or the wait for one began
+    Clock::time_point retry_at;  // absent: not to be asked for before
   };
 
   void run() noexcept;
@@ -81,6 +80,8 @@ class Worker {
   std::vector<std::unique_ptr<Lane>> lanes_;  // lookup lanes first
   Clock::time_point now_;
   // Finished operations of one batch, counted here first: one atomic for many replies.
+  Schedule::Run carried_;    // pulled, and not in a session yet
+  bool turn_again_ = false;  // something changed that the loop must look at before it sleeps
   Batch* finished_batch_ = nullptr;
   std::size_t finished_count_ = 0;
 };

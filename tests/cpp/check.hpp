@@ -45,7 +45,7 @@ inline void check(bool ok, const char* what, const char* file, int line) {
 }  // namespace check
 
 #define CHECK(condition) ::check::check((condition), #condition, __FILE__, __LINE__)
-#define TEST(name)                                      \
-  static void name();                                   \
+#define TEST(name)                                         \
+  static void name();                                      \
   static const ::check::Register name##_test(#name, name); \
   static void name()

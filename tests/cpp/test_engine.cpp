@@ -108,12 +108,11 @@ class Connector {
     while (!stop_) {
       pollfd entry{engine_.connect_event(), POLLIN, 0};
       ::poll(&entry, 1, -1);
-      for (const LaneRequest& request : engine_.take_connect_requests()) {
+      for (const std::uint32_t lane : engine_.take_connect_requests()) {
         int ends[2];
         CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
-        peers_.emplace_back(
-            [this](int fd) { serve(UniqueFd(fd), lifetime_); }, ends[1]);
-        engine_.adopt(request.lane, UniqueFd(ends[0]), 5.0, 0.0);
+        peers_.emplace_back([this](int fd) { serve(UniqueFd(fd), lifetime_); }, ends[1]);
+        engine_.adopt(lane, UniqueFd(ends[0]), 5.0, 0.0);
       }
     }
   }
@@ -156,7 +155,7 @@ std::set<std::uint64_t> wait_for(CompletionQueue& queue, std::size_t count) {
   std::set<std::uint64_t> done;
   while (done.size() < count) {
     pollfd entry{queue.fd(), POLLIN, 0};
-    CHECK(::poll(&entry, 1, 20'000) == 1);  // else it hangs
+    CHECK(::poll(&entry, 1, 20'000) == 1);                                       // else it hangs
     for (const std::uint64_t id : queue.drain()) CHECK(done.insert(id).second);  // exactly once
   }
   return done;
@@ -314,8 +313,8 @@ TEST(a_batch_that_no_connection_can_serve_fails_when_connecting_has_failed) {
       while (engine.batches() > 0) {
         pollfd entry{engine.connect_event(), POLLIN, 0};
         ::poll(&entry, 1, 1000);
-        for (const LaneRequest& request : engine.take_connect_requests()) {
-          engine.connect_failed(request.lane, UINT64_MAX, "refused", 0);
+        for (const std::uint32_t lane : engine.take_connect_requests()) {
+          engine.connect_failed(lane, UINT64_MAX, "refused", 0);
         }
       }
     });
@@ -326,4 +325,6 @@ TEST(a_batch_that_no_connection_can_serve_fails_when_connecting_has_failed) {
   }
 }
 
-int main() { return check::run_all(); }
+int main() {
+  return check::run_all();
+}

@@ -39,10 +39,27 @@ const std::vector<Sample> kSamples = {
 };
 
 const std::vector<std::string_view> kMalformed = {
-    "$-2\r\n",  "$+5\r\n",    "$5x\r\n", "$\r\n", "$05\r\n", "$ 5\r\n", "$-\r\n",
-    ":\r\n",    ":1.5\r\n",   ":-0\r\n", "*-2\r\n", "*x\r\n",  "_\r\n",  "%1\r\n",
-    ">2\r\n",   "hello\r\n",  "\r\n",    "+a\nb\r\n", "+a\rb\r\n",
-    "$99999999999999999999\r\n", ":9223372036854775808\r\n",
+    "$-2\r\n",
+    "$+5\r\n",
+    "$5x\r\n",
+    "$\r\n",
+    "$05\r\n",
+    "$ 5\r\n",
+    "$-\r\n",
+    ":\r\n",
+    ":1.5\r\n",
+    ":-0\r\n",
+    "*-2\r\n",
+    "*x\r\n",
+    "_\r\n",
+    "%1\r\n",
+    ">2\r\n",
+    "hello\r\n",
+    "\r\n",
+    "+a\nb\r\n",
+    "+a\rb\r\n",
+    "$99999999999999999999\r\n",
+    ":9223372036854775808\r\n",
     "$000000000000000000000000000000000000001\r\n",
 };
 
@@ -120,4 +137,6 @@ TEST(the_size_of_a_bulk_header_is_that_of_what_is_appended) {
   }
 }
 
-int main() { return check::run_all(); }
+int main() {
+  return check::run_all();
+}

@@ -41,10 +41,7 @@ int owner_b;
 
 Operation get(std::string_view key, const Memory& memory, void* owner = &owner_a,
               std::uint32_t index = 0) {
-  return {.command = Command::get,
-          .ticket = {owner, index},
-          .key = key,
-          .value = memory.segments};
+  return {.command = Command::get, .ticket = {owner, index}, .key = key, .value = memory.segments};
 }
 
 Operation plain(Command command, std::string_view key, std::uint32_t index = 0) {
@@ -82,7 +79,9 @@ Status feed(Session& session, std::string_view bytes, std::size_t most = 1 << 20
   return {};
 }
 
-std::vector<Completed> completed(Session& session) { return std::exchange(session.completed(), {}); }
+std::vector<Completed> completed(Session& session) {
+  return std::exchange(session.completed(), {});
+}
 
 std::string bulk(std::string_view value) {
   return "$" + std::to_string(value.size()) + "\r\n" + std::string(value) + "\r\n";
@@ -102,7 +101,8 @@ TEST(a_value_lands_in_its_memory_however_the_stream_is_cut) {
     session.push(get("c", third, &owner_a, 2));
     CHECK(session.outstanding_bytes() == 2 * value.size() + 3);
     CHECK(sent(session, most) ==
-          "*2\r\n$3\r\nGET\r\n$1\r\na\r\n*2\r\n$3\r\nGET\r\n$1\r\nb\r\n*2\r\n$3\r\nGET\r\n$1\r\nc\r\n");
+          "*2\r\n$3\r\nGET\r\n$1\r\na\r\n*2\r\n$3\r\nGET\r\n$1\r\nb\r\n*2\r\n$3\r\nGET\r\n$"
+          "1\r\nc\r\n");
     CHECK(feed(session, bulk(value) + bulk(value) + bulk("xyz"), most).ok());
     const auto done = completed(session);
     CHECK(done.size() == 3);
@@ -157,8 +157,9 @@ TEST(each_outcome_leaves_the_connection_in_step) {
               .ok());
     const auto done = completed(session);
     const std::vector<Outcome> expected = {
-        Outcome::hit, Outcome::miss, Outcome::size_mismatch, Outcome::size_mismatch,
-        Outcome::refused, Outcome::hit, Outcome::hit, Outcome::hit, Outcome::miss, Outcome::hit};
+        Outcome::hit,     Outcome::miss, Outcome::size_mismatch, Outcome::size_mismatch,
+        Outcome::refused, Outcome::hit,  Outcome::hit,           Outcome::hit,
+        Outcome::miss,    Outcome::hit};
     CHECK(done.size() == expected.size());
     for (std::size_t i = 0; i < done.size(); ++i) {
       CHECK(done[i].outcome == expected[i]);
@@ -198,7 +199,8 @@ TEST(a_set_sends_all_parts_of_its_value_and_its_options) {
 TEST(a_session_that_is_never_idle_does_not_grow) {
   Session session;
   Memory value(10);
-  session.push({.command = Command::set, .ticket = {&owner_a, 0}, .key = "k", .value = value.segments});
+  session.push(
+      {.command = Command::set, .ticket = {&owner_a, 0}, .key = "k", .value = value.segments});
   std::string stream;
   for (int round = 0; round < 20'000; ++round) {
     session.push(
@@ -222,11 +224,13 @@ TEST(a_session_that_is_never_idle_does_not_grow) {
 TEST(what_answers_another_question_is_a_protocol_error) {
   Memory memory(3);
   const std::vector<std::pair<Command, std::string>> cases = {
-      {Command::get, ":1\r\n"},      {Command::get, "+OK\r\n"},    {Command::get, "*0\r\n"},
-      {Command::get, "$3\r\nabcd\r\n"}, {Command::get, "$3\r\nabc\n\r"}, {Command::set, ":1\r\n"},
-      {Command::set, "+YES\r\n"},    {Command::set, "$2\r\nOK\r\n"}, {Command::exists, "+1\r\n"},
-      {Command::exists, "$1\r\n1\r\n"}, {Command::unlink, "*1\r\n:1\r\n"}, {Command::get, "$x\r\n"},
-      {Command::get, "_\r\n"},       {Command::get, ">2\r\n"},
+      {Command::get, ":1\r\n"},          {Command::get, "+OK\r\n"},
+      {Command::get, "*0\r\n"},          {Command::get, "$3\r\nabcd\r\n"},
+      {Command::get, "$3\r\nabc\n\r"},   {Command::set, ":1\r\n"},
+      {Command::set, "+YES\r\n"},        {Command::set, "$2\r\nOK\r\n"},
+      {Command::exists, "+1\r\n"},       {Command::exists, "$1\r\n1\r\n"},
+      {Command::unlink, "*1\r\n:1\r\n"}, {Command::get, "$x\r\n"},
+      {Command::get, "_\r\n"},           {Command::get, ">2\r\n"},
   };
   for (const auto& [command, reply] : cases) {
     for (const std::size_t most : {1, 1 << 20}) {
@@ -290,6 +294,43 @@ TEST(a_set_abandoned_before_its_end_makes_the_connection_unusable) {
   }
 }
 
+TEST(an_error_before_a_set_was_sent_to_its_end_ends_the_sending) {
+  for (const std::size_t sent_bytes : {0, 10, 25, 500}) {
+    Session session;
+    Memory value(1000);
+    session.push(plain(Command::exists, "k", 0));
+    sent(session);
+    session.push(
+        {.command = Command::set, .ticket = {&owner_a, 1}, .key = "k", .value = value.segments});
+    session.push(
+        {.command = Command::set, .ticket = {&owner_a, 2}, .key = "k", .value = value.segments});
+    session.prepare_write();
+    session.commit_write(sent_bytes);
+    const Status status = feed(session, ":1\r\n-ERR Protocol error: invalid bulk length\r\n");
+    CHECK(status.code == Code::connection_lost);
+    const auto done = completed(session);
+    CHECK(done.size() == 2 && done[0].outcome == Outcome::hit);
+    CHECK(done[1].outcome == Outcome::refused && done[1].ticket.index == 1);
+    // Its memory may be the caller's again: no more of it is sent.
+    CHECK(session.prepare_write().empty());
+    const auto lost = session.reset();
+    CHECK(lost.size() == 1 && lost[0].ticket.index == 2 && !lost[0].sent);
+  }
+}
+
+TEST(a_success_before_a_request_was_sent_to_its_end_is_a_protocol_error) {
+  for (const std::size_t sent_bytes : {0, 10, 500}) {
+    Session session;
+    Memory value(1000);
+    session.push(
+        {.command = Command::set, .ticket = {&owner_a, 1}, .key = "k", .value = value.segments});
+    session.prepare_write();
+    session.commit_write(sent_bytes);
+    CHECK(feed(session, "+OK\r\n").code == Code::protocol_error);
+    CHECK(completed(session).empty());
+  }
+}
+
 TEST(reset_says_what_was_lost_and_whether_it_was_sent) {
   Session session;
   Memory value(1000);
@@ -328,9 +369,10 @@ TEST(more_segments_than_one_system_call_takes_are_filled_in_order) {
 
 TEST(random_bytes_give_completions_or_one_error_the_same_for_every_cut) {
   std::mt19937 random(7);
-  const std::vector<std::string> words = {"$", "3", "\r\n", "\r", "\n", "abc", "-", "+", "OK", ":",
-                                          "1", "*", "-1", "ERR x", "$3\r\nabc\r\n", "$-1\r\n",
-                                          "+OK\r\n", ":1\r\n", "-E\r\n", "$5\r\n", "hello"};
+  const std::vector<std::string> words = {
+      "$",      "3",      "\r\n", "\r", "\n",    "abc",           "-",       "+",       "OK",
+      ":",      "1",      "*",    "-1", "ERR x", "$3\r\nabc\r\n", "$-1\r\n", "+OK\r\n", ":1\r\n",
+      "-E\r\n", "$5\r\n", "hello"};
   for (int round = 0; round < 20'000; ++round) {
     std::string stream;
     for (auto i = random() % 12; i > 0; --i) stream += words[random() % words.size()];
@@ -341,8 +383,8 @@ TEST(random_bytes_give_completions_or_one_error_the_same_for_every_cut) {
       session.push(get("a", memory, &owner_a, 0));
       session.push(plain(Command::exists, "b", 1));
       session.push(get("c", memory, &owner_a, 2));
-      session.push({.command = Command::set, .ticket = {&owner_a, 3}, .key = "d",
-                    .value = memory.segments});
+      session.push(
+          {.command = Command::set, .ticket = {&owner_a, 3}, .key = "d", .value = memory.segments});
       sent(session);
       const Status status = feed(session, stream, most);
       std::string result = status.ok() ? "ok" : "error";
@@ -355,4 +397,6 @@ TEST(random_bytes_give_completions_or_one_error_the_same_for_every_cut) {
   }
 }
 
-int main() { return check::run_all(); }
+int main() {
+  return check::run_all();
+}

@@ -16,7 +16,7 @@ import redis
 import fastkv
 import fastkv.asyncio
 from fastkv.cli.private_server import PrivateServer
-from tests.conftest import Endpoint, fastkv_threads
+from tests.conftest import Endpoint, eventually, fastkv_threads
 
 
 def native_connections(plain: redis.Redis) -> list[dict[str, str]]:
@@ -41,7 +41,9 @@ def test_redis_commands_behave_as_before(client: fastkv.Redis) -> None:
     assert client.transaction(lambda pipe: pipe.get("a")) == [b"2"]
 
 
-def test_nothing_native_starts_before_the_first_batch_call(client: fastkv.Redis) -> None:
+def test_nothing_native_starts_before_the_first_batch_call(
+    client: fastkv.Redis,
+) -> None:
     client.ping()
     client.batch_tile_get.__doc__  # noqa: B018  # looking is not calling
     assert fastkv_threads() == []
@@ -50,7 +52,9 @@ def test_nothing_native_starts_before_the_first_batch_call(client: fastkv.Redis)
 
 
 @pytest.mark.parametrize("how", ["arguments", "url", "connection_pool", "from_pool"])
-def test_every_way_to_make_a_client_works(make: Any, endpoint: Endpoint, how: str) -> None:
+def test_every_way_to_make_a_client_works(
+    make: Any, endpoint: Endpoint, how: str
+) -> None:
     if how == "arguments":
         client = make(**endpoint.kwargs)
     elif how == "url":
@@ -73,7 +77,11 @@ def test_settings_reach_the_native_connections(
 ) -> None:
     plain.execute_command("ACL SETUSER bob on >pw ~* &* +@all")
     client = make(
-        **endpoint.kwargs, db=3, username="bob", password="pw", client_name="me",
+        **endpoint.kwargs,
+        db=3,
+        username="bob",
+        password="pw",
+        client_name="me",
         tile_connections=2,
     )
     client.batch_tile_set(["a"] * 50, [b"x"] * 50)
@@ -81,7 +89,12 @@ def test_settings_reach_the_native_connections(
     found = native_connections(plain)
     assert len(found) == 3
     for one in found:
-        assert (one["name"], one["db"], one["user"], one["resp"]) == ("me", "3", "bob", "2")
+        assert (one["name"], one["db"], one["user"], one["resp"]) == (
+            "me",
+            "3",
+            "bob",
+            "2",
+        )
         # Redis 7.0 has no library names.
         assert one.get("lib-name") in (None, f"redis-py(fastkv_v{fastkv.__version__})")
     assert plain.execute_command("ACL DELUSER bob") == 1
@@ -90,7 +103,9 @@ def test_settings_reach_the_native_connections(
 def test_driver_names_that_were_switched_off_stay_off(
     make: Any, endpoint: Endpoint, plain: redis.Redis
 ) -> None:
-    make(**endpoint.kwargs, driver_info=None, tile_connections=1).batch_tile_exists(["a"])
+    make(**endpoint.kwargs, driver_info=None, tile_connections=1).batch_tile_exists(
+        ["a"]
+    )
     (found,) = native_connections(plain)
     assert found.get("lib-name", "") == ""
 
@@ -133,7 +148,9 @@ def test_redis_connect_func_and_credential_provider_are_used(
 
     with own_server.client() as admin:
         admin.config_set("requirepass", "secret")
-        client = make(port=own_server.port, credential_provider=Provider(), tile_connections=1)
+        client = make(
+            port=own_server.port, credential_provider=Provider(), tile_connections=1
+        )
         assert client.batch_tile_exists(["a"]) == [False]
         assert asked == ["fastkv-connector"]
         client.connection_pool.disconnect()  # drops the native ones too
@@ -147,7 +164,9 @@ def test_redis_connect_func_and_credential_provider_are_used(
             connection.on_connect()
 
         client = make(
-            port=own_server.port, password="secret", redis_connect_func=connect,
+            port=own_server.port,
+            password="secret",
+            redis_connect_func=connect,
             tile_connections=1,
         )
         assert client.batch_tile_exists(["a"]) == [False]
@@ -158,13 +177,16 @@ def test_tls_is_refused_by_name_at_the_first_batch_call(make: Any) -> None:
     client = make(ssl=True)
     with pytest.raises(fastkv.UnsupportedConnection, match="TLS"):
         client.batch_tile_exists(["a"])
-    with fastkv.Redis.from_url("rediss://h:1") as other, pytest.raises(
-        fastkv.UnsupportedConnection, match="TLS"
+    with (
+        fastkv.Redis.from_url("rediss://h:1") as other,
+        pytest.raises(fastkv.UnsupportedConnection, match="TLS"),
     ):
         other.batch_tile_exists(["a"])
 
 
-def test_a_connection_without_a_socket_is_refused_by_name(make: Any, endpoint: Endpoint) -> None:
+def test_a_connection_without_a_socket_is_refused_by_name(
+    make: Any, endpoint: Endpoint
+) -> None:
     class Wrapped(redis.connection.UnixDomainSocketConnection):
         def _connect(self) -> Any:
             class Recording:
@@ -186,7 +208,9 @@ def test_a_connection_without_a_socket_is_refused_by_name(make: Any, endpoint: E
     pool.disconnect()
 
 
-def test_unknown_settings_are_redis_pys_type_error(make: Any, endpoint: Endpoint) -> None:
+def test_unknown_settings_are_redis_pys_type_error(
+    make: Any, endpoint: Endpoint
+) -> None:
     pool = redis.ConnectionPool(**endpoint_kwargs(endpoint), no_such_setting=1)
     client = make(connection_pool=pool)
     with pytest.raises(TypeError, match="no_such_setting"):
@@ -237,9 +261,46 @@ def test_a_dropped_client_takes_everything_along(endpoint: Endpoint) -> None:
     client.batch_tile_exists(["a"])
     pool = weakref.ref(client.connection_pool)
     del client
-    gc.collect()
-    assert pool() is None
-    assert fastkv_threads() == []
+
+    def gone() -> bool:
+        gc.collect()
+        return pool() is None and not fastkv_threads()
+
+    assert eventually(gone)
+
+
+def test_a_dropped_client_of_a_pool_that_lives_on_ends_its_threads(
+    endpoint: Endpoint,
+) -> None:
+    pool = redis.ConnectionPool(**endpoint_kwargs(endpoint))
+    client = fastkv.Redis(connection_pool=pool)
+    client.batch_tile_exists(["a"])
+    del client
+    assert eventually(lambda: not fastkv_threads())
+    assert fastkv.Redis(connection_pool=pool).batch_tile_exists(["a"]) == [False]
+
+
+def test_clients_that_die_in_cycles_deadlock_nobody(endpoint: Endpoint) -> None:
+    class Service:
+        def __init__(self) -> None:
+            self.client = fastkv.Redis(**endpoint.kwargs)
+            self.me = self
+
+    def use() -> None:
+        for _ in range(60):
+            Service().client.batch_tile_exists(["a"], timeout=10)
+
+    before = gc.get_threshold()
+    gc.set_threshold(50)  # so that collections happen everywhere
+    try:
+        threads = [threading.Thread(target=use) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_client_copy_and_pickle_are_as_in_redis(client: fastkv.Redis) -> None:
@@ -278,11 +339,12 @@ def test_what_drops_the_pools_connections_drops_the_native_ones(
 
 
 def test_client_side_caches_hear_of_our_writes(make: Any, endpoint: Endpoint) -> None:
-    if (endpoint.server.binary.name, endpoint.server.binary.version) < ("redis", "7.4") or endpoint.server.binary.name != "redis":
+    if (endpoint.server.binary.name, endpoint.server.binary.version) < (
+        "redis",
+        "7.4",
+    ) or endpoint.server.binary.name != "redis":
         pytest.skip("redis-py's cache wants Redis 7.4")
-    client = make(
-        **endpoint.kwargs, protocol=3, cache_config=redis.cache.CacheConfig()
-    )
+    client = make(**endpoint.kwargs, protocol=3, cache_config=redis.cache.CacheConfig())
     client.set("a", "old")
     assert client.get("a") == b"old"
     assert client.batch_tile_set(["a"], [b"new"]) == [True]

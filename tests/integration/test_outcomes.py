@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -22,13 +23,15 @@ from tests.conftest import Endpoint
 from tests.scripted import ModelServer, ScriptedPeer
 
 
-def test_each_kind_of_outcome_is_a_keys_own(client: fastkv.Redis, plain: redis.Redis) -> None:
+def test_each_kind_of_outcome_is_a_keys_own(
+    client: fastkv.Redis, plain: redis.Redis
+) -> None:
     plain.set("hit", "12345")
     plain.set("short", "1234")
     plain.set("long", "1" * 1_000_000)
     plain.lpush("list", "x")
     keys = ["hit", "miss", "short", "list", "long"] * 20
-    got = [bytearray(b"....." ) for _ in keys]
+    got = [bytearray(b".....") for _ in keys]
     with pytest.raises(fastkv.TileError) as caught:
         client.batch_tile_get(keys, got)
     for i in range(0, len(keys), 5):
@@ -42,15 +45,18 @@ def test_each_kind_of_outcome_is_a_keys_own(client: fastkv.Redis, plain: redis.R
     assert sorted(caught.value.errors) == [
         i for i in range(len(keys)) if keys[i] not in ("hit", "miss")
     ]
-    assert "60 of 100 keys failed; the first is 'short': expected a value of 5 bytes" in str(
-        caught.value
+    assert (
+        "60 of 100 keys failed; the first is 'short': expected a value of 5 bytes"
+        in str(caught.value)
     )
     connections = len(plain.client_list())
     assert client.batch_tile_get(["hit"] * 50, got[:50]) == [True] * 50
     assert len(plain.client_list()) == connections
 
 
-def test_a_full_server_refuses_what_does_not_fit(own_server: PrivateServer, make: Any) -> None:
+def test_a_full_server_refuses_what_does_not_fit(
+    own_server: PrivateServer, make: Any
+) -> None:
     client = make(port=own_server.port)
     client.batch_tile_set(["before"], [b"x" * 1000])
     with own_server.client() as admin:
@@ -65,7 +71,25 @@ def test_a_full_server_refuses_what_does_not_fit(own_server: PrivateServer, make
     assert client.batch_tile_set(["a"], [b"1"]) == [True]
 
 
-def test_keys_that_an_acl_forbids_are_named(own_server: PrivateServer, make: Any) -> None:
+def test_a_value_that_the_server_will_not_read_is_refused_alone(
+    own_server: PrivateServer, make: Any
+) -> None:
+    """The server answers in the middle of it, and closes."""
+    client = make(port=own_server.port)
+    values = [b"1" * 100, b"2" * 8_000_000, b"3" * 100]
+    with own_server.client() as admin:
+        admin.config_set("proto-max-bulk-len", 1 << 20)
+        for _ in range(10):
+            with pytest.raises(fastkv.TileError) as caught:
+                client.batch_tile_set(["a", "b", "c"], values, timeout=20)
+            first, second, third = caught.value.outcomes
+            assert (first, third) == (True, True)
+            assert "Protocol error" in str(second)
+
+
+def test_keys_that_an_acl_forbids_are_named(
+    own_server: PrivateServer, make: Any
+) -> None:
     with own_server.client() as admin:
         admin.execute_command("ACL SETUSER bob on >pw ~open:* +@all")
     client = make(port=own_server.port, username="bob", password="pw")
@@ -106,7 +130,9 @@ def test_a_bad_database_is_redis_pys_error(endpoint: Endpoint, make: Any) -> Non
 
 def single(port: int, **kwargs: Any) -> dict[str, Any]:
     """A client with one native connection, so that a script has one order."""
-    pool = redis.ConnectionPool(host="127.0.0.1", port=port, max_connections=1, **kwargs)
+    pool = redis.ConnectionPool(
+        host="127.0.0.1", port=port, max_connections=1, **kwargs
+    )
     return {"connection_pool": pool}
 
 
@@ -115,7 +141,13 @@ def test_replies_cut_into_segments_are_read_right(make: Any, split: int) -> None
     with ScriptedPeer() as peer:
         client = make(**single(peer.port))
         for i, reply in enumerate(
-            [b"$3\r\nabc\r\n", b"$-1\r\n", b"$5\r\nabcde\r\n", b"-ERR no\r\n", b"$3\r\n\r\n$\r\n"]
+            [
+                b"$3\r\nabc\r\n",
+                b"$-1\r\n",
+                b"$5\r\nabcde\r\n",
+                b"-ERR no\r\n",
+                b"$3\r\n\r\n$\r\n",
+            ]
         ):
             peer.expect("GET", f"k{i}").reply(reply, split)
         got = [bytearray(3) for _ in range(5)]
@@ -133,7 +165,14 @@ def test_replies_cut_into_segments_are_read_right(make: Any, split: int) -> None
 @pytest.mark.parametrize(
     "reply",
     [
-        *(b"+OK\r\n", b":3\r\n", b"*1\r\n$3\r\nabc\r\n", b"_\r\n", b">2\r\n", b"hello\r\n"),
+        *(
+            b"+OK\r\n",
+            b":3\r\n",
+            b"*1\r\n$3\r\nabc\r\n",
+            b"_\r\n",
+            b">2\r\n",
+            b"hello\r\n",
+        ),
         *(b"$-2\r\n", b"$+3\r\nabc\r\n", b"$3x\r\nabc\r\n", b"$03\r\nabc\r\n"),
         *(b"$3\r\nabcd\r\n", b"$99999999999999999999\r\n", b"-" + b"x" * 70_000),
     ],
@@ -169,6 +208,30 @@ def test_a_server_that_is_loading_is_asked_again_and_then_believed(make: Any) ->
             client.batch_tile_exists(["a"])
 
 
+@pytest.mark.parametrize("failure", ["loading", "close"])
+def test_attempts_are_as_far_apart_as_redis_py_makes_them(
+    make: Any, failure: str
+) -> None:
+    retry = redis.retry.Retry(redis.backoff.ConstantBackoff(0.1), 3)
+    with ScriptedPeer() as peer:
+        # Several connections: moving to another one is no way around the delay.
+        client = make(port=peer.port, retry=retry)
+        for _ in range(4):
+            step = peer.expect("GET", "a")
+            if failure == "loading":
+                step.reply(b"-LOADING Redis is loading the dataset in memory\r\n")
+            else:
+                step.close()
+        begin = time.monotonic()
+        with pytest.raises(ConnectionError):
+            client.batch_tile_get(["a"], [bytearray(3)])
+        assert 0.3 <= time.monotonic() - begin < 2
+        # A batch can be taken back between two attempts.
+        peer.expect("GET", "b").close()
+        with pytest.raises(redis.exceptions.TimeoutError):
+            client.batch_tile_get(["b"], [bytearray(3)], timeout=0.05)
+
+
 def test_errors_that_the_user_wants_retried_are_retried(make: Any) -> None:
     with ScriptedPeer() as peer:
         client = make(
@@ -184,7 +247,9 @@ def test_errors_that_the_user_wants_retried_are_retried(make: Any) -> None:
 
 
 @pytest.mark.parametrize("end", ["close", "reset"])
-def test_what_was_in_flight_is_sent_again_within_the_policy(make: Any, end: str) -> None:
+def test_what_was_in_flight_is_sent_again_within_the_policy(
+    make: Any, end: str
+) -> None:
     retry = redis.retry.Retry(redis.backoff.NoBackoff(), 1)
     with ScriptedPeer() as peer:
         client = make(**single(peer.port, retry=retry))

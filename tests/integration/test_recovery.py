@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ KEYS = [f"k{i}" for i in range(64)]
 VALUES = [os.urandom(200_000) for _ in KEYS]
 
 
-def test_a_restarted_server_is_found_again(own_server: PrivateServer, make: Any) -> None:
+def test_a_restarted_server_is_found_again(
+    own_server: PrivateServer, make: Any
+) -> None:
     client = make(port=own_server.port, retry=Retry(ConstantBackoff(0.02), 100))
     for _ in range(3):
         assert all(client.batch_tile_set(KEYS, VALUES))
@@ -63,7 +66,9 @@ def test_killing_connections_under_load_changes_no_answer(
             ] * 64 + [False]
             assert got == VALUES
             assert all(client.batch_tile_set(KEYS[:8], VALUES[:8]))
-            assert client.batch_tile_exists([*KEYS, f"no{round_}"]) == [True] * 64 + [False]
+            assert client.batch_tile_exists([*KEYS, f"no{round_}"]) == [True] * 64 + [
+                False
+            ]
     finally:
         stop.set()
         killer.join()
@@ -133,7 +138,9 @@ def mute_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def test_a_server_that_accepts_and_says_nothing_times_out(make: Any, mute_port: int) -> None:
+def test_a_server_that_accepts_and_says_nothing_times_out(
+    make: Any, mute_port: int
+) -> None:
     client = make(port=mute_port, socket_timeout=0.2, retry=None, password="x")
     client.set_retry(Retry(NoBackoff(), 1))
     with pytest.raises(TimeoutError):
@@ -220,6 +227,47 @@ def test_an_idle_connection_is_checked_as_redis_py_does(
         time.sleep(1.1)  # idle is the point
         assert client.batch_tile_get(["a"], [bytearray(1)]) == [True]
         assert admin.info("commandstats")["cmdstat_ping"]["calls"] == pings + 1
+
+
+def test_a_connection_reset_in_the_middle_of_a_set_is_an_error_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stop = threading.Event()
+
+        def reset_each() -> None:
+            while not stop.is_set():
+                connection, _ = listener.accept()
+                with connection:
+                    connection.setsockopt(
+                        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                    )
+                    while b"SET\r\n" not in (data := connection.recv(100_000)):
+                        if not data:
+                            break
+                        connection.sendall(b"+OK\r\n" * data.count(b"SETINFO"))
+
+        thread = threading.Thread(target=reset_each)
+        thread.start()
+        url = f"redis://127.0.0.1:{listener.getsockname()[1]}?tile_connections=1"
+        with fastkv.Redis.from_url(url) as client:
+            for _ in range(20):
+                with pytest.raises(ConnectionError):
+                    client.batch_tile_set(KEYS[:4], [b"x" * 5_000_000] * 4, timeout=10)
+        stop.set()
+        socket.create_connection(listener.getsockname()).close()
+        thread.join()
+
+
+def test_a_backoff_that_raises_hangs_nobody(make: Any, refused_port: int) -> None:
+    class Odd(ConstantBackoff):
+        def compute(self, failures: int) -> float:
+            if threading.current_thread().name == "fastkv-connector":
+                raise ZeroDivisionError("odd")
+            return 0.0
+
+    client = make(port=refused_port, retry=Retry(Odd(0), 3))
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError, match="odd"):
+            client.batch_tile_exists(["a"], timeout=5)
 
 
 def test_memory_is_flat_over_many_batches(make: Any, endpoint: Endpoint) -> None:

@@ -87,7 +87,9 @@ def test_every_kind_of_key(client: fastkv.Redis, plain: redis.Redis) -> None:
 
 
 @pytest.mark.parametrize("key", [None, True, ("a",), object(), 1j])
-def test_unusable_keys_are_refused_in_redis_words(client: fastkv.Redis, key: Any) -> None:
+def test_unusable_keys_are_refused_in_redis_words(
+    client: fastkv.Redis, key: Any
+) -> None:
     with pytest.raises(redis.exceptions.DataError) as theirs:
         client.get_encoder().encode(key)  # hiredis has words of its own
     with pytest.raises(redis.exceptions.DataError) as ours:
@@ -130,7 +132,9 @@ def test_duplicate_keys_each_get_their_answer(client: fastkv.Redis) -> None:
     assert sum(client.batch_tile_delete(["a"] * 10)) == 1
 
 
-def test_a_value_may_lie_in_several_places(client: fastkv.Redis, plain: redis.Redis) -> None:
+def test_a_value_may_lie_in_several_places(
+    client: fastkv.Redis, plain: redis.Redis
+) -> None:
     k, v, trailer = values([300_000, 300_000, 8])
     assert client.batch_tile_set(["page"], [(k, b"", v, trailer)]) == [True]
     assert plain.get("page") == k.tobytes() + v.tobytes() + trailer.tobytes()
@@ -148,10 +152,17 @@ def test_typed_and_multidimensional_memory_counts_in_bytes(
     client: fastkv.Redis, plain: redis.Redis
 ) -> None:
     halves = np.arange(1000, dtype=np.float16)
-    assert client.batch_tile_set(
-        ["f16", "view", "array"],
-        [halves, memoryview(halves).cast("B").cast("h"), array.array("d", [1.5, 2.5])],
-    ) == [True] * 3
+    assert (
+        client.batch_tile_set(
+            ["f16", "view", "array"],
+            [
+                halves,
+                memoryview(halves).cast("B").cast("h"),
+                array.array("d", [1.5, 2.5]),
+            ],
+        )
+        == [True] * 3
+    )
     assert plain.get("f16") == halves.tobytes() == plain.get("view")
     assert plain.strlen("array") == 16
     rows = np.zeros((2, 10, 100), np.float16)
@@ -198,8 +209,13 @@ def test_expiry_and_conditions_are_those_of_set(
 _KEYS = st.binary(max_size=3)
 _OPERATIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("set"), st.lists(st.tuples(_KEYS, st.binary(max_size=9000)), max_size=8)),
-        st.tuples(st.just("get"), st.lists(st.tuples(_KEYS, st.integers(-2, 2)), max_size=8)),
+        st.tuples(
+            st.just("set"),
+            st.lists(st.tuples(_KEYS, st.binary(max_size=9000)), max_size=8),
+        ),
+        st.tuples(
+            st.just("get"), st.lists(st.tuples(_KEYS, st.integers(-2, 2)), max_size=8)
+        ),
         st.tuples(st.just("exists"), st.lists(_KEYS, max_size=8)),
         st.tuples(st.just("delete"), st.lists(_KEYS, max_size=8, unique=True)),
     ),

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -78,13 +79,17 @@ def test_futures_are_those_of_concurrent_futures(
         client.submit_batch_tile_get(["k0"], [bytearray(1)]).result(5)
 
 
-def test_a_future_keeps_its_client_alive(endpoint: Endpoint, stored: dict[str, bytes]) -> None:
+def test_a_future_keeps_its_client_alive(
+    endpoint: Endpoint, stored: dict[str, bytes]
+) -> None:
     got = [bytearray(SIZE) for _ in stored]
     future = fastkv.Redis(**endpoint.kwargs).submit_batch_tile_get(list(stored), got)
     check(stored, future.result(20), got)
 
 
-def test_memory_is_pinned_until_the_batch_is_drained(make: Any, scripted: ScriptedPeer) -> None:
+def test_memory_is_pinned_until_the_batch_is_drained(
+    make: Any, scripted: ScriptedPeer
+) -> None:
     client = make(port=scripted.port)
     gate = threading.Event()
     scripted.expect("GET", "a").reply(b"$3\r\nabc\r\n").when(gate)
@@ -125,7 +130,9 @@ def test_a_cancelled_future_leaves_its_memory_to_nobody(
     assert not future.cancel() or future.cancelled()
 
 
-def test_a_batch_that_is_late_is_redis_pys_time_out(make: Any, scripted: ScriptedPeer) -> None:
+def test_a_batch_that_is_late_is_redis_pys_time_out(
+    make: Any, scripted: ScriptedPeer
+) -> None:
     client = make(port=scripted.port)
     gate = threading.Event()
     scripted.expect("GET", "a").reply(b"$3\r\nabc\r\n").when(gate)
@@ -207,7 +214,9 @@ def test_a_blocking_call_releases_the_gil(make: Any, scripted: ScriptedPeer) -> 
     opener.join()
 
 
-def test_close_completes_what_is_pending_with_an_error(make: Any, silent: SilentPeer) -> None:
+def test_close_completes_what_is_pending_with_an_error(
+    make: Any, silent: SilentPeer
+) -> None:
     client = make(port=silent.port)
     futures = [client.submit_batch_tile_exists(["a"])]
     assert silent.asked.wait(5)
@@ -247,11 +256,33 @@ def test_close_from_a_callback_does_not_deadlock(client: fastkv.Redis) -> None:
 def test_a_callback_that_raises_stops_no_other_future(client: fastkv.Redis) -> None:
     first = client.submit_batch_tile_exists(["a"])
     first.add_done_callback(lambda _: 1 / 0)
+    first.add_done_callback(lambda _: sys.exit())
     assert first.result(5) == [False]
     assert client.submit_batch_tile_exists(["a"]).result(5) == [False]
 
 
-def test_threads_and_loops_share_one_server(make: Any, endpoint: Endpoint, stored: Any) -> None:
+def test_loops_that_ended_leave_no_memory_pinned(endpoint: Endpoint) -> None:
+    client = fastkv.asyncio.Redis(**endpoint.kwargs)
+    memory = bytearray(10)
+
+    async def leave() -> None:
+        asyncio.ensure_future(client.batch_tile_get(["no"] * 1000, [memory] * 1000))
+        await asyncio.sleep(0)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    pending = asyncio.all_tasks(loop)
+    loop.close()  # without waiting for its tasks
+    assert asyncio.run(client.batch_tile_exists(["no"])) == [False]
+    asyncio.run(client.aclose())
+    memory.append(1)
+    for task in pending:
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+
+
+def test_threads_and_loops_share_one_server(
+    make: Any, endpoint: Endpoint, stored: Any
+) -> None:
     """8 threads on one client, and 2 event loops on one asyncio client, all at once."""
     client = make(**endpoint.kwargs)
     async_client = fastkv.asyncio.Redis(**endpoint.kwargs)
@@ -259,7 +290,9 @@ def test_threads_and_loops_share_one_server(make: Any, endpoint: Endpoint, store
     def in_thread(number: int) -> None:
         for round_ in range(8):
             if (number + round_) % 3 == 0:
-                assert client.batch_tile_exists([*stored, "no"]) == [True] * 40 + [False]
+                assert client.batch_tile_exists([*stored, "no"]) == [True] * 40 + [
+                    False
+                ]
             else:
                 got = [bytearray(SIZE) for _ in stored]
                 check(stored, client.batch_tile_get(list(stored), got), got)
@@ -275,7 +308,10 @@ def test_threads_and_loops_share_one_server(make: Any, endpoint: Endpoint, store
 
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
         running = [pool.submit(in_thread, i) for i in range(8)]
-        running += [pool.submit(asyncio.run, in_loop()), pool.submit(uvloop.run, in_loop())]
+        running += [
+            pool.submit(asyncio.run, in_loop()),
+            pool.submit(uvloop.run, in_loop()),
+        ]
         for one in running:
             one.result(60)
     asyncio.run(async_client.aclose())

@@ -72,7 +72,11 @@ def test_the_first_axis_of_one_array_runs_over_the_keys(shape: tuple[int, ...]) 
 @pytest.mark.parametrize(
     ("buffers", "error", "said"),
     [
-        ([b"read-only"], ValueError, "'key0': expected writable memory, got a read-only bytes"),
+        (
+            [b"read-only"],
+            ValueError,
+            "'key0': expected writable memory, got a read-only bytes",
+        ),
         ([np.zeros((4, 4))[:, 0]], ValueError, "'key0': expected C-contiguous memory"),
         ([np.asfortranarray(np.zeros((4, 4)))], ValueError, "C-contiguous"),
         ([memoryview(bytearray(8))[::2]], ValueError, "C-contiguous"),
@@ -81,11 +85,23 @@ def test_the_first_axis_of_one_array_runs_over_the_keys(shape: tuple[int, ...]) 
         ([None], TypeError, "got NoneType"),
         ([(bytearray(2), 3)], TypeError, "'key0': expected a buffer"),
         ([np.zeros(3, object)], TypeError, "'key0': expected plain data"),
-        ([bytearray(1), bytearray(1)], ValueError, "expected 1 buffers, one a key, got 2"),
-        ([], ValueError, "expected 1 buffers, one a key, got 0; keys begin with 'key0'"),
+        (
+            [bytearray(1), bytearray(1)],
+            ValueError,
+            "expected 1 buffers, one a key, got 2",
+        ),
+        (
+            [],
+            ValueError,
+            "expected 1 buffers, one a key, got 0; keys begin with 'key0'",
+        ),
         (bytearray(4), TypeError, "one array of shape .1, ....*got bytearray"),
         (5, TypeError, "got int"),
-        (np.zeros((3, 2)), ValueError, r"shape \(1, ...\), one row a key, got shape \(3, 2\)"),
+        (
+            np.zeros((3, 2)),
+            ValueError,
+            r"shape \(1, ...\), one row a key, got shape \(3, 2\)",
+        ),
         (np.zeros(()), ValueError, r"got shape \(\)"),
         (np.zeros((1, 4, 4))[:, :, ::2], ValueError, "buffers: expected C-contiguous"),
     ],
@@ -102,6 +118,20 @@ def test_a_refused_batch_leaves_nothing_pinned() -> None:
     with pytest.raises(ValueError):
         pinned([memory, b"read-only"], keys=2)
     memory.append(1)
+
+
+def test_a_sequence_that_lies_about_its_length_is_refused() -> None:
+    class Liar(list[Any]):
+        def __len__(self) -> int:
+            return 2
+
+    for count in (1, 3):
+        with pytest.raises(ValueError, match="while it was read"):
+            pinned(Liar([bytearray(1)] * count), keys=2)
+
+
+def test_fields_may_be_named_as_they_like() -> None:
+    assert pinned([np.zeros(2, np.dtype([("Offset", "f4"), ("O", "i4")]))]).pins == 1
 
 
 def test_read_only_memory_can_be_sent() -> None:

@@ -43,9 +43,7 @@ def _ours(pieces: list[bytes]) -> list[object]:
 
 def _cut(stream: bytes, places: list[int]) -> list[bytes]:
     cuts = sorted({place % (len(stream) + 1) for place in places})
-    return [
-        stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)
-    ]
+    return [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
 
 
 @given(st.lists(_reply, max_size=6), st.lists(st.integers(0, 10_000), max_size=12))

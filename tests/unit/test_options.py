@@ -9,7 +9,7 @@ import redis
 
 import fastkv
 import fastkv.asyncio
-from fastkv.node import TileOptions
+from fastkv.options import TileOptions
 
 
 @pytest.mark.parametrize("cls", [fastkv.Redis, fastkv.asyncio.Redis])
@@ -17,9 +17,17 @@ from fastkv.node import TileOptions
     ("url", "kwargs", "expected"),
     [
         ("redis://h:1/2?tile_workers=3&client_name=a%20b", {}, TileOptions(3)),
-        ("redis://h:1/2?client_name=a%20b&tile_connections=7", {}, TileOptions(None, 7)),
+        (
+            "redis://h:1/2?client_name=a%20b&tile_connections=7",
+            {},
+            TileOptions(None, 7),
+        ),
         ("redis://h:1/2?client_name=a%20b", {"tile_workers": 2}, TileOptions(2)),
-        ("redis://h:1/2?client_name=a%20b&tile_workers=5", {"tile_workers": 2}, TileOptions(5)),
+        (
+            "redis://h:1/2?client_name=a%20b&tile_workers=5",
+            {"tile_workers": 2},
+            TileOptions(5),
+        ),
     ],
 )
 def test_urls_and_keywords_give_options_and_leave_the_rest_to_redis(
@@ -37,7 +45,11 @@ def test_urls_and_keywords_give_options_and_leave_the_rest_to_redis(
     ("kwargs", "error", "said"),
     [
         ({"tile_workers": 0}, ValueError, "tile_workers: expected 1 to 64, got 0"),
-        ({"tile_connections": "4"}, TypeError, "tile_connections: expected an int, got str"),
+        (
+            {"tile_connections": "4"},
+            TypeError,
+            "tile_connections: expected an int, got str",
+        ),
         ({"tile_window_bytes": -1}, ValueError, "tile_window_bytes"),
         ({"tile_workers": True}, TypeError, "got bool"),
     ],
@@ -52,7 +64,10 @@ def test_bad_options_are_refused_when_the_client_is_made(
 
 @pytest.mark.parametrize(
     ("query", "said"),
-    [("tile_workers=x", "expected an int, got 'x'"), ("tile_wrokers=1", "unknown; known are")],
+    [
+        ("tile_workers=x", "expected an int, got 'x'"),
+        ("tile_wrokers=1", "unknown; known are"),
+    ],
 )
 def test_bad_options_in_a_url_are_refused(query: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
@@ -81,6 +96,7 @@ def test_defaults_stay_within_the_pools_limit() -> None:
 def test_pools_are_made_as_redis_makes_them(kwargs: dict[str, Any]) -> None:
     ours = fastkv.Redis(**kwargs, tile_workers=2)
     theirs = redis.Redis(**kwargs)
+
     # Each pool has objects of its own; those of one class are alike.
     def comparable(client: redis.Redis) -> dict[str, object]:
         return {
@@ -92,8 +108,12 @@ def test_pools_are_made_as_redis_makes_them(kwargs: dict[str, Any]) -> None:
 
     assert comparable(ours) == comparable(theirs)
     assert type(ours.connection_pool) is type(theirs.connection_pool)
-    assert ours.connection_pool.connection_class is theirs.connection_pool.connection_class
-    assert ours.connection_pool.max_connections == theirs.connection_pool.max_connections
+    assert (
+        ours.connection_pool.connection_class is theirs.connection_pool.connection_class
+    )
+    assert (
+        ours.connection_pool.max_connections == theirs.connection_pool.max_connections
+    )
 
 
 def test_positional_arguments_mean_what_they_mean_in_redis() -> None:

@@ -36,9 +36,17 @@ def test_a_parameter_that_wants_gradients_is_only_memory() -> None:
     ("make", "error", "said"),
     [
         (lambda: torch.zeros(4, 4).t(), ValueError, "strides"),
-        (lambda: torch.zeros(4, device="meta"), TypeError, "CPU tensor, got one on meta"),
+        (
+            lambda: torch.zeros(4, device="meta"),
+            TypeError,
+            "CPU tensor, got one on meta",
+        ),
         (lambda: torch.zeros(4, 4).to_sparse(), TypeError, "dense"),
-        (lambda: torch.zeros(4, dtype=torch.complex64).conj(), ValueError, "resolve_conj"),
+        (
+            lambda: torch.zeros(4, dtype=torch.complex64).conj(),
+            ValueError,
+            "resolve_conj",
+        ),
     ],
 )
 def test_tensors_that_are_not_plain_memory_are_refused(

@@ -1,0 +1,134 @@
+"""Which node serves which pool, from the first `batch_tile_*` call of a client of the pool
+to the close of its last client; and what happens to all of them at a fork."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from fastkv.connector import Pool
+from fastkv.node import Node
+from fastkv.options import TileOptions
+
+_nodes: weakref.WeakKeyDictionary[Pool, Node] = weakref.WeakKeyDictionary()
+# Reentrant: a signal handler may use a client while this thread holds it. Never taken by a
+# garbage collection, which may run in the middle of anything, in any thread.
+_lock = threading.RLock()
+
+
+def node_of(client: Any, options: TileOptions) -> Node:
+    """The node of a client's pool; starts it if need be.
+
+    Raises:
+        ValueError: Another client of the pool has started it with other options.
+        UnsupportedConnection: See `fastkv.connector.check_supported`.
+    """
+    pool = client.connection_pool
+    with _lock:
+        node = _nodes.get(pool)
+        if node is None or not node.usable:
+            node = _nodes[pool] = Node(pool, options, _close_unused)
+            _watch(pool, node)
+        elif options not in (TileOptions(), node.options):
+            raise ValueError(
+                f"the pool's native connections were started with {node.options}, "
+                f"this client has {options}"
+            )
+        node.users.add(client)
+        return node
+
+
+def leave_node(client: Any, node: Node) -> None:
+    """The client needs its node no longer; the last one closes it."""
+    node.users.discard(client)
+    _close_unused(node)
+
+
+def drop_node(client: Any, node: Node) -> None:
+    """As `leave_node`, for ``__del__``: takes no lock, joins nothing, returns at once. The
+    node's own thread does the rest."""
+    node.users.discard(client)
+    node.wake_connector()
+
+
+def _close_unused(node: Node) -> None:
+    with _lock:
+        if node.users:
+            return
+        pool = node.pool()
+        if pool is not None and _nodes.get(pool) is node:
+            del _nodes[pool]
+            _unwatch(pool)
+    # Not under the lock: it joins threads.
+    node.close()
+
+
+# What drops or re-authenticates a pool's connections must reach the native ones too.
+_WATCHED = ("disconnect", "reset", "re_auth_callback")
+
+
+def _watch(pool: Pool, node: Node) -> None:
+    def watched(name: str) -> Callable[..., Any]:
+        seen = weakref.ref(node)
+        owner = weakref.ref(pool)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            watcher, watched_pool = seen(), owner()
+            if watcher is not None:
+                # At the next connect the credential provider is asked again.
+                watcher.retire_connections()
+            return getattr(type(watched_pool), name)(watched_pool, *args, **kwargs)
+
+        return call
+
+    for name in _WATCHED:
+        if hasattr(pool, name):
+            setattr(pool, name, watched(name))
+
+
+def _unwatch(pool: Pool) -> None:
+    for name in _WATCHED:
+        pool.__dict__.pop(name, None)
+
+
+# --- fork --------------------------------------------------------------------------------
+
+_fork_lock = threading.Lock()  # two threads may fork at once
+_forking: list[Node] = []
+
+
+def _before_fork() -> None:
+    _fork_lock.acquire()
+    _forking[:] = [node for node in list(_nodes.values()) if not node.closed]
+    for node in _forking:
+        node.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for node in _forking:
+        node.after_fork_in_parent()
+    _forking.clear()
+    _fork_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _fork_lock, _lock
+    # Whoever held them does not exist here.
+    _fork_lock = threading.Lock()
+    _lock = threading.RLock()
+    _forking.clear()
+    # All, not only those of _before_fork: a fork in C does not call that.
+    for pool, node in list(_nodes.items()):
+        _unwatch(pool)
+        node.after_fork_in_child()
+    _nodes.clear()
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
