@@ -1,5 +1,5 @@
-# Written by hand, checked against the module by stubtest (make lint). The docstrings are in
-# fastkv_ext/_core.pyx.
+# Written by hand, checked against the module by stubtest (make lint). The docstrings
+# are in fastkv_ext/_core.pyx.
 import enum
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, final

@@ -1,4 +1,6 @@
-"""`fastkv.Redis`: redis-py's client, and how to wait for a batch by blocking or by future."""
+"""`fastkv.Redis`: redis-py's client, and how to wait for a batch by blocking or by
+future.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,9 @@ if TYPE_CHECKING:
 class Redis(redis.Redis):
     """redis-py's `redis.Redis`, with native calls that move many large values at once.
 
-    Takes every argument of redis-py, with redis-py's meaning, and keeps every command. The
-    ``batch_tile_*`` calls use connections of their own, which redis-py makes from the
-    pool's settings at the first such call; they do not count towards the pool's
+    Takes every argument of redis-py, with redis-py's meaning, and keeps every command.
+    The ``batch_tile_*`` calls use connections of their own, which redis-py makes from
+    the pool's settings at the first such call; they do not count towards the pool's
     ``max_connections``, but are never more than that. ``socket_timeout`` is the longest
     time in which no byte moves on one of them. All clients of one pool share them, all
     methods may be called from any thread, and a forked child gets its own.
@@ -32,9 +34,11 @@ class Redis(redis.Redis):
         tile_workers: Native threads. Default: half the cores, 4 at most.
         tile_connections: Connections that carry values; one more carries lookups only.
             Default: 4, or ``tile_workers`` if that is more.
-        tile_window_bytes: Value bytes that one connection may have asked for and not yet
-            read, or still has to send; raise it if ``tile_connections * tile_window_bytes``
-            is less than bandwidth times round-trip time. Default: 4 MiB.
+        tile_window_bytes: Value bytes that one connection may have asked for and not
+        yet
+            read, or still has to send; raise it if ``tile_connections *
+            tile_window_bytes`` is less than bandwidth times round-trip time. Default:
+            4 MiB.
     """
 
     def __init__(
@@ -67,9 +71,11 @@ class Redis(redis.Redis):
         return client
 
     def close(self) -> None:
-        """As redis-py's. Ends the native connections if no other client of the pool uses
-        them: what they still had to do fails with `redis.exceptions.ConnectionError`. The
-        client can be used again."""
+        """As redis-py's. Ends the native connections if no other client of the pool
+        uses
+        them: what they still had to do fails with `redis.exceptions.ConnectionError`.
+        The client can be used again.
+        """
         # redis-py calls this for a half-made client too.
         node = getattr(self, "_tile_node", None)
         if node is not None:
@@ -83,7 +89,7 @@ class Redis(redis.Redis):
         if node is not None:
             self._tile_node = None
             drop_node(self, node)
-        super().__del__()
+        super().__del__()  # type: ignore[no-untyped-call]  # redis-py's
 
     def _node(self) -> Node:
         node = self._tile_node
@@ -91,7 +97,8 @@ class Redis(redis.Redis):
             node = self._tile_node = node_of(self, self._tile_options)
         return node
 
-    # --- blocking -----------------------------------------------------------------------
+    # --- blocking
+    # -----------------------------------------------------------------------
 
     def batch_tile_get(
         self,
@@ -110,11 +117,13 @@ class Redis(redis.Redis):
             keys: ``n`` key names, of any type that redis-py takes.
             buffers: ``n`` writable C-contiguous buffers (bytearray, memoryview, numpy
                 array, CPU torch tensor of any element type), or one array of shape
-                ``(n, ...)``. A tuple of buffers is filled in order. Each value must have
-                exactly its buffer's length in bytes.
-            immutable: The caller promises that no value changes while it is read, as with
+                ``(n, ...)``. A tuple of buffers is filled in order. Each value must
+                have exactly its buffer's length in bytes.
+            immutable: The caller promises that no value changes while it is read, as
+            with
                 content-hash keys.
-            timeout: Seconds for the whole batch. Default: no limit, but ``socket_timeout``
+            timeout: Seconds for the whole batch. Default: no limit, but
+            ``socket_timeout``
                 for each stall of a connection.
 
         Returns:
@@ -122,11 +131,14 @@ class Redis(redis.Redis):
             then unspecified).
 
         Raises:
-            fastkv.TileError: A value had another length, or the server refused a key. All
+            fastkv.TileError: A value had another length, or the server refused a key.
+            All
                 other keys were still read.
-            redis.exceptions.TimeoutError: Not complete in time. No buffer is written any
+            redis.exceptions.TimeoutError: Not complete in time. No buffer is written
+            any
                 more.
-            redis.exceptions.ConnectionError: The server could not be reached, or was lost
+            redis.exceptions.ConnectionError: The server could not be reached, or was
+            lost
                 more often than the client's ``retry`` allows.
             TypeError, ValueError: A buffer cannot be used; nothing was sent.
         """
@@ -155,7 +167,13 @@ class Redis(redis.Redis):
         Args:
             keys: ``n`` key names.
             buffers: As for `batch_tile_get`, but may be read-only (``bytes``, say).
-            ex, px, exat, pxat, keepttl, nx, xx: As for redis-py's ``set``.
+            ex: As for redis-py's ``set``, as are all down to ``xx``.
+            px: As above.
+            exat: As above.
+            pxat: As above.
+            keepttl: As above.
+            nx: As above.
+            xx: As above.
             timeout: Seconds for the whole batch.
 
         Returns:
@@ -184,7 +202,8 @@ class Redis(redis.Redis):
         batch = commands.delete(self.get_encoder(), keys)
         return self._node().run(batch, timeout)
 
-    # --- futures ------------------------------------------------------------------------
+    # --- futures
+    # ------------------------------------------------------------------------
 
     def submit_batch_tile_get(
         self,
@@ -194,7 +213,8 @@ class Redis(redis.Redis):
         immutable: bool = False,
         timeout: float | None = None,
     ) -> TileFuture:
-        """`batch_tile_get`, not waiting. Its result, or what it raises, is the future's.
+        """`batch_tile_get`, not waiting. Its result, or what it raises, is the
+        future's.
 
         Cancelling the future takes the batch back; the buffers stay pinned until no
         thread can write them any more, which the future does not wait for.

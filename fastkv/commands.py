@@ -1,11 +1,12 @@
-"""The bulk data commands, each defined once: how a batch is made, how its outcome is read.
+"""The bulk data commands, each defined once: how a batch is made, how its outcome is
+read.
 
 Knows nothing of threads or event loops: how to wait is the client's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeAlias
 

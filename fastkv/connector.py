@@ -3,7 +3,8 @@
 One small thread an engine: the native workers never call Python, they ask for a
 connection and go on. All that redis-py knows about connecting (name resolution,
 credentials, client name, time-outs, `redis_connect_func`, custom connection classes)
-holds, because redis-py's own Connection does it, from the pool's settings of that moment.
+holds, because redis-py's own Connection does it, from the pool's settings of that
+moment.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ Pool: TypeAlias = "SyncPool | AsyncPool"
 #: Gives an event loop that is running now, to await a credential provider on.
 FindLoop: TypeAlias = "Callable[[], asyncio.AbstractEventLoop | None]"
 
-# What belongs to the pool's own RESP3 connections. A native one speaks RESP2 and gets no
-# push messages; it reads host and time-outs anew at each connect.
+# What belongs to the pool's own RESP3 connections. A native one speaks RESP2 and gets
+# no push messages; it reads host and time-outs anew at each connect.
 _NOT_FOR_LANES = frozenset(
     {
         "himport_registry",
@@ -96,7 +97,9 @@ def check_supported(pool: Pool) -> None:
 
 
 def make_connection(pool: Pool, find_loop: FindLoop) -> Any:
-    """Make the sync redis-py Connection for one native connection; it does no I/O yet."""
+    """Make the sync redis-py Connection for one native connection; it does no I/O
+    yet.
+    """
     kwargs = {
         k: v for k, v in pool.connection_kwargs.items() if k not in _NOT_FOR_LANES
     }
@@ -188,7 +191,9 @@ def _replies_raising(errors: tuple[type[Exception], ...]) -> list[bytes]:
 
 
 def _name_fastkv(kwargs: dict[str, Any]) -> None:
-    """Add ours to the driver names that ``CLIENT LIST`` shows; switched off stays off."""
+    """Add ours to the driver names that ``CLIENT LIST`` shows; switched off stays
+    off.
+    """
     try:
         from redis.driver_info import DriverInfo
     except ImportError:  # redis-py before 7.1
@@ -269,7 +274,8 @@ class Connector:
 
     def close(self, timeout: float) -> None:
         """Stop, after the engine was closed. A connect to an address that does not
-        answer cannot be interrupted: such a thread ends by itself, later."""
+        answer cannot be interrupted: such a thread ends by itself, later.
+        """
         self._closing = True
         self._engine.wake_connector()
         connection = self._connecting

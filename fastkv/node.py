@@ -1,6 +1,8 @@
-"""The native side of one connection pool: an engine, its connector, and who waits on it.
+"""The native side of one connection pool: an engine, its connector, and who waits on
+it.
 
-Shared by all clients of the pool. Knows three ways to wait for a batch, and no client class.
+Shared by all clients of the pool. Knows three ways to wait for a batch, and no client
+class.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from fastkv.options import TileOptions
 
 # Requests that a connection may have in flight: enough to hide a round trip of lookups.
 _WINDOW_REQUESTS = 1024
-# Seconds that close() waits for a connector in the middle of a connect, and for a callback.
+# Seconds that close() waits for a connector in the middle of a connect, and for a
+# callback.
 _PATIENCE = 0.4
 
 _logger = logging.getLogger("fastkv")
@@ -36,7 +39,8 @@ def _nothing() -> Any:
 
 class TileFuture(Future[list[bool]]):
     """The future of a batch. `cancel` takes the batch back, and its memory stays pinned
-    until no worker can touch it."""
+    until no worker can touch it.
+    """
 
     def __init__(self, finish: Callable[[], list[bool]], cancel: Callable[[], None]):
         super().__init__()
@@ -113,7 +117,8 @@ class Node:
         """Whether new batches are taken."""
         return not (self.closed or self._broken)
 
-    # --- the three ways to wait ---------------------------------------------------------
+    # --- the three ways to wait
+    # ---------------------------------------------------------
 
     def run(self, batch: Batch, timeout: float | None) -> list[bool]:
         """Submit and block. Signal handlers run meanwhile, and may raise."""
@@ -125,7 +130,9 @@ class Node:
         return self._finish(batch, seconds)
 
     def submit(self, batch: Batch, timeout: float | None, client: object) -> TileFuture:
-        """Submit; a thread of this node completes the future. ``client`` stays alive."""
+        """Submit; a thread of this node completes the future. ``client`` stays
+        alive.
+        """
         seconds = commands.check_timeout(timeout)
 
         def finish(_client: object = client) -> list[bool]:
@@ -147,7 +154,9 @@ class Node:
         return future
 
     async def wait(self, batch: Batch, timeout: float | None) -> list[bool]:
-        """Submit and await. A cancelled task goes on once no worker can touch the memory."""
+        """Submit and await. A cancelled task goes on once no worker can touch the
+        memory.
+        """
         seconds = commands.check_timeout(timeout)
         if len(batch) == 0:
             return []
@@ -159,8 +168,8 @@ class Node:
         try:
             await batch.waiter
         except GeneratorExit:
-            # The coroutine is thrown away, or its loop is gone: it cannot wait any more.
-            # The memory stays pinned until the batch is drained.
+            # The coroutine is thrown away, or its loop is gone: it cannot wait any
+            # more. The memory stays pinned until the batch is drained.
             self._engine.cancel(batch)
             raise
         except BaseException:
@@ -176,7 +185,8 @@ class Node:
             raise
         return self._finish(batch, seconds)
 
-    # --- life ---------------------------------------------------------------------------
+    # --- life
+    # ---------------------------------------------------------------------------
 
     def retire_connections(self) -> None:
         """Let every connection end once it is idle; the next batch opens new ones."""
@@ -232,7 +242,8 @@ class Node:
         self._loops.clear()
         self._futures = None
 
-    # --- details ------------------------------------------------------------------------
+    # --- details
+    # ------------------------------------------------------------------------
 
     def _check_used(self) -> None:
         # Before the first user comes, nobody wakes the connector.
@@ -323,15 +334,17 @@ class _Loop:
         try:
             if loop is None:
                 raise RuntimeError
-            # Closed only there, so that the descriptor is not somebody else's before the
-            # loop has forgotten it.
+            # Closed only there, so that the descriptor is not somebody else's before
+            # the loop has forgotten it.
             loop.call_soon_threadsafe(_leave_loop, loop, self.queue, done)
         except RuntimeError:  # closed: nobody waits there
             self.queue.close()
 
 
 class _FutureThread:
-    """Completes futures. (Their callbacks and `concurrent.futures.wait` want a thread.)"""
+    """Completes futures. (Their callbacks and `concurrent.futures.wait` want a
+    thread.)
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.queue = CompletionQueue()

@@ -14,7 +14,8 @@ class TileOptions:
 
     Attributes:
         workers: Native threads. Default: half the cores, 4 at most.
-        connections: Connections that carry values; one more carries lookups. Default: 4,
+        connections: Connections that carry values; one more carries lookups. Default:
+        4,
             or as many as there are workers. All together never more than the pool's
             `max_connections`.
         window_bytes: Value bytes that a connection may have asked for and not yet read,
@@ -44,7 +45,9 @@ class TileOptions:
                 )
 
     def filled(self, max_connections: int) -> tuple[int, int, int]:
-        """``(workers, connections with the lookup one, window_bytes)``, no default left."""
+        """``(workers, connections with the lookup one, window_bytes)``, no default
+        left.
+        """
         workers = self.workers or max(1, min(4, (os.cpu_count() or 1) // 2))
         connections = min((self.connections or max(4, workers)) + 1, max_connections)
         return min(workers, connections), connections, self.window_bytes or 4 << 20

@@ -1,5 +1,6 @@
-"""Which node serves which pool, from the first `batch_tile_*` call of a client of the pool
-to the close of its last client; and what happens to all of them at a fork."""
+"""Which node serves which pool, from the first `batch_tile_*` call of a client of the
+pool to the close of its last client; and what happens to all of them at a fork.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from fastkv.node import Node
 from fastkv.options import TileOptions
 
 _nodes: weakref.WeakKeyDictionary[Pool, Node] = weakref.WeakKeyDictionary()
-# Reentrant: a signal handler may use a client while this thread holds it. Never taken by a
-# garbage collection, which may run in the middle of anything, in any thread.
+# Reentrant: a signal handler may use a client while this thread holds it. Never taken
+# by a garbage collection, which may run in the middle of anything, in any thread.
 _lock = threading.RLock()
 
 
@@ -48,8 +49,9 @@ def leave_node(client: Any, node: Node) -> None:
 
 
 def drop_node(client: Any, node: Node) -> None:
-    """As `leave_node`, for ``__del__``: takes no lock, joins nothing, returns at once. The
-    node's own thread does the rest."""
+    """As `leave_node`, for ``__del__``: takes no lock, joins nothing, returns at once.
+    The node's own thread does the rest.
+    """
     node.users.discard(client)
     node.wake_connector()
 
@@ -94,7 +96,8 @@ def _unwatch(pool: Pool) -> None:
         pool.__dict__.pop(name, None)
 
 
-# --- fork --------------------------------------------------------------------------------
+# --- fork
+# --------------------------------------------------------------------------------
 
 _fork_lock = threading.Lock()  # two threads may fork at once
 _forking: list[Node] = []

@@ -432,7 +432,9 @@ cdef class Engine:
         self.in_flight[batch.id] = batch
         queue.in_flight += 1
         with nogil:
-            status = self.cpp.submit(move(cpp), batch.id, move(cpp_queue), move(cpp_policy), timeout)
+            status = self.cpp.submit(
+                move(cpp), batch.id, move(cpp_queue), move(cpp_policy), timeout
+            )
         if status.code != _Code.ok:
             del self.in_flight[batch.id]
             queue.in_flight -= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import threading
 import time
@@ -33,6 +34,8 @@ def pytest_configure() -> None:
     for wanted in REQUIRED.split(",") if REQUIRED else []:
         if not (names if wanted == "1" else [n for n in names if n.startswith(wanted)]):
             raise pytest.UsageError(f"no server {wanted!r} among {names}")
+    if os.environ.get("FASTKV_REQUIRE_TORCH") == "1":
+        importlib.import_module("torch")
 
 
 @dataclass(frozen=True)

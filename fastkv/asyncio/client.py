@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Redis(redis.asyncio.Redis):
     """redis-py's `redis.asyncio.Redis` with the calls of `fastkv.Redis` as coroutines.
 
-    One client may be used from several event loops at once, as far as the ``batch_tile_*``
-    calls are concerned. See `fastkv.Redis` for the arguments.
+    One client may be used from several event loops at once, as far as the
+    ``batch_tile_*`` calls are concerned. See `fastkv.Redis` for the arguments.
     """
 
     def __init__(
@@ -81,8 +81,9 @@ class Redis(redis.asyncio.Redis):
     ) -> list[bool]:
         """`fastkv.Redis.batch_tile_get`, awaited.
 
-        Cancelling the task takes the batch back. `asyncio.CancelledError` is raised once no
-        thread can write the buffers any more, which takes moments, not the network's time.
+        Cancelling the task takes the batch back. `asyncio.CancelledError` is raised
+        once no thread can write the buffers any more, which takes moments, not the
+        network's time.
         """
         batch = commands.get(self.connection_pool.get_encoder(), keys, buffers)
         return await self._node().wait(batch, timeout)

@@ -1,29 +1,22 @@
 """`fastkv demo`: a prompt's KV cache through fastkv and redis-py, side by side.
 
-Measures, compares every byte, and says whether loading is fast enough. Uses both
-clients as their callers do, and deletes what it has stored.
+Measures, compares every byte, and says whether loading is fast enough.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.metadata
 import os
 import platform
 import signal
-import statistics
 import sys
-import time
-import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, TypeAlias, cast
+from typing import Annotated, cast
 from urllib.parse import urlsplit
 
 import numpy as np
-import numpy.typing as npt
 import redis
 import typer
 from redis.utils import HIREDIS_AVAILABLE
@@ -33,251 +26,25 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 import fastkv
+from fastkv.cli.comparison import (
+    BATCH_TOKENS,
+    LOOKUP_KEYS,
+    LOOKUP_ROUNDS,
+    TOKEN_BYTES,
+    TRANSPORTS,
+    Chunks,
+    Comparison,
+    Failure,
+    FastkvClient,
+    Samples,
+    plain_client,
+)
 from fastkv.cli.private_server import PrivateServer, find_servers
 from fastkv.options import options_of_url
 
-# Llama 3.1 8B: layers, K and V, KV heads, head size; an element is a bfloat16.
-_LAYERS, _KV, _HEADS, _HEAD_SIZE = 32, 2, 8, 128
-_TOKEN_BYTES = _LAYERS * _KV * _HEADS * _HEAD_SIZE * 2
 _CHUNK_TOKENS = (256, 32)
-_BATCH_TOKENS = 256  # a multiple of each of them
-_MOST_BATCHES = 200
-_BATCHES_SECONDS = 12.0  # on a slow machine there are fewer
-_LOOKUP_KEYS = 10_000
-_LOOKUP_ROUNDS = 20
 _FLOOR = 2.0  # GB/s
 _NEAR = 1.5  # times redis-py
-_EXPIRE_SECONDS = 3600  # a demo that is killed leaves nothing behind for longer
-# For redis-py. Its set() makes an int of it, and if Ctrl-C comes while hiredis (3.5)
-# packs an int into a command, the process crashes.
-_EXPIRE = ("EX", str(_EXPIRE_SECONDS))
-_TRANSPORTS = {"redis": "TCP", "rediss": "TLS", "unix": "unix"}
-
-Memory: TypeAlias = npt.NDArray[np.uint8]
-
-
-class Failure(Exception):
-    """Ends the demo with one line and exit status 1."""
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """Memory of consecutive chunks of a prompt, seen in two ways.
-
-    Attributes:
-        octets: Of shape ``(chunks, bytes)``.
-        tensor: What a caller of fastkv has, PyTorch's bfloat16 or its bits in numpy:
-            ``(chunks, K and V, layers, tokens, heads, head size)``.
-    """
-
-    octets: Memory
-    tensor: Any  # of one of two libraries
-
-    @classmethod
-    def cut(cls, memory: Memory, tokens: int) -> Chunks:
-        """See ``memory`` as chunks of so many tokens."""
-        try:
-            torch = importlib.import_module("torch")
-            elements: Any = torch.from_numpy(memory).view(torch.bfloat16)
-        except (ImportError, OSError):  # OSError: it is there, a library of it is not
-            elements = memory.view(np.uint16)
-        shape = (-1, _KV, _LAYERS, tokens, _HEADS, _HEAD_SIZE)
-        octets = memory.reshape(-1, tokens * _TOKEN_BYTES)
-        return cls(octets, elements.reshape(shape))
-
-    def part(self, which: slice) -> Chunks:
-        return Chunks(self.octets[which], self.tensor[which])
-
-
-class FastkvClient:
-    def __init__(self, url: str) -> None:
-        self.redis = fastkv.Redis.from_url(url)
-
-    def store(self, keys: Sequence[str], chunks: Chunks) -> list[bool]:
-        return self.redis.batch_tile_set(keys, chunks.tensor, ex=_EXPIRE_SECONDS)
-
-    def lookup(self, keys: Sequence[str]) -> list[bool]:
-        return self.redis.batch_tile_exists(keys)
-
-    def retrieve(self, keys: Sequence[str], chunks: Chunks) -> list[bool]:
-        return self.redis.batch_tile_get(keys, chunks.tensor, immutable=True)
-
-
-class RedisPyClient:
-    def __init__(self, url: str) -> None:
-        self.redis = _plain(url)
-
-    def store(self, keys: Sequence[str], chunks: Chunks) -> list[bool]:
-        return [
-            bool(self.redis.execute_command("SET", key, octets.data, *_EXPIRE))
-            for key, octets in zip(keys, chunks.octets, strict=True)
-        ]
-
-    def lookup(self, keys: Sequence[str]) -> list[bool]:
-        with self.redis.pipeline(transaction=False) as pipeline:
-            for key in keys:
-                pipeline.exists(key)
-            return [bool(count) for count in pipeline.execute()]
-
-    def retrieve(self, keys: Sequence[str], chunks: Chunks) -> list[bool]:
-        found = []
-        for key, octets in zip(keys, chunks.octets, strict=True):
-            value = cast("bytes | None", self.redis.get(key))
-            if value is not None:
-                octets[:] = np.frombuffer(value, np.uint8)
-            found.append(value is not None)
-        return found
-
-
-Client: TypeAlias = FastkvClient | RedisPyClient
-
-
-def _plain(url: str) -> redis.Redis:
-    """redis-py's client; the `tile_*` options of a URL are not for it."""
-    without_options, _, _ = options_of_url(url, {})
-    return redis.Redis.from_url(without_options)
-
-
-@dataclass
-class Samples:
-    """Of one client with one chunk size over one transport."""
-
-    stores: list[float] = field(default_factory=list)  # GB/s of each round
-    retrieves: list[float] = field(default_factory=list)  # GB/s of each round
-    batches: list[float] = field(default_factory=list)  # ms of each batch
-    lookups: list[float] = field(default_factory=list)  # keys/s of each round
-
-    def figures(self) -> Sequence[float]:
-        """Store and retrieve in GB/s, p50 and p99 of a batch in ms, lookups/s."""
-        median = statistics.median
-        p50, p99 = (float(np.percentile(self.batches, part)) for part in (50, 99))
-        return (
-            median(self.stores),
-            median(self.retrieves),
-            p50,
-            p99,
-            median(self.lookups),
-        )
-
-
-class Comparison:
-    """The same work by both clients in turn, so that noise hits both.
-
-    Args:
-        url: Of the server.
-        tokens: Of a chunk.
-        prompt: What is stored.
-        memory: What is retrieved into; as long as ``prompt``.
-        done: Called with a part of the work, of 1 in all.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        tokens: int,
-        prompt: Memory,
-        memory: Memory,
-        done: Callable[[float], object],
-    ) -> None:
-        size = f"{tokens * _TOKEN_BYTES >> 20} MiB"
-        self.label = f"{_TRANSPORTS[urlsplit(url).scheme]}, {size}"
-        self.samples = Samples(), Samples()  # fastkv's, redis-py's
-        self._clients: tuple[Client, Client] = FastkvClient(url), RedisPyClient(url)
-        self._plain = _plain(url)
-        self._done = done
-        self._prompt = Chunks.cut(prompt, tokens)
-        self._memory = Chunks.cut(memory, tokens)
-        prefix = f"fastkv-demo:{uuid.uuid4().hex}"
-        self._keys = [f"{prefix}:chunk:{i}" for i in range(len(self._prompt.octets))]
-        self._few = [f"{prefix}:lookup:{i}" for i in range(_LOOKUP_KEYS)]
-        self._batch_chunks = _BATCH_TOKENS // tokens
-
-    def measure(self, rounds: int) -> None:
-        """Fill `samples`. Raises `Failure` at the first wrong answer or byte."""
-        try:
-            self._measure_rounds(rounds)
-            self._measure_batches()
-            self._measure_lookups()
-        finally:
-            for client in self._clients:
-                client.redis.close()
-            self._plain.close()  # its reply may not have been read
-            # Again, as a store that was interrupted may still be in the server's socket
-            # buffers, and make its key after we have deleted it.
-            while self._plain.unlink(*self._keys, *self._few):
-                time.sleep(0.1)
-            self._plain.close()
-
-    def _in_turn(self, turn: int) -> Sequence[tuple[Client, Samples]]:
-        ours, theirs = zip(self._clients, self.samples, strict=True)
-        return (theirs, ours) if turn % 2 else (ours, theirs)
-
-    def _measure_rounds(self, rounds: int) -> None:
-        size = self._prompt.octets.nbytes
-        for turn in range(rounds + 1):
-            for client, samples in self._in_turn(turn):
-                # What is retrieved is what this client has stored, as new keys.
-                self._plain.delete(*self._keys)
-                store = _seconds(client.store, self._keys, self._prompt)
-                _seconds(client.lookup, self._keys)
-                retrieve = self._retrieve(client, slice(None))
-                if turn > 0:  # the first one connects and warms up
-                    samples.stores.append(size / store / 1e9)
-                    samples.retrieves.append(size / retrieve / 1e9)
-            self._done(0.5 / (rounds + 1))
-
-    def _measure_batches(self) -> None:
-        end = time.monotonic() + _BATCHES_SECONDS
-        for turn in range(_MOST_BATCHES):
-            first = turn * self._batch_chunks % len(self._keys)
-            for client, samples in self._in_turn(turn):
-                which = slice(first, first + self._batch_chunks)
-                samples.batches.append(self._retrieve(client, which) * 1e3)
-            self._done(0.5 / _MOST_BATCHES)
-            if time.monotonic() > end:
-                break
-
-    def _retrieve(self, client: Client, which: slice) -> float:
-        """Seconds that it takes to retrieve some chunks; compares their bytes."""
-        keys, stored = self._keys[which], self._prompt.part(which)
-        memory = self._memory.part(which)
-        memory.octets.fill(0xA5)  # so that what is right, the client has written
-        seconds = _seconds(client.retrieve, keys, memory)
-        for key, sent, came in zip(keys, stored.octets, memory.octets, strict=True):
-            if not np.array_equal(sent.view(np.uint64), came.view(np.uint64)):
-                at = int(np.argmax(sent != came))
-                raise Failure(
-                    f"{client.retrieve.__qualname__}: {key}: wrong byte at offset {at}"
-                )
-        return seconds
-
-    def _measure_lookups(self) -> None:
-        with self._plain.pipeline(transaction=False) as pipeline:
-            for key in self._few[::2]:
-                pipeline.execute_command("SET", key, b"", *_EXPIRE)
-            pipeline.execute()
-        there = [True, False] * (_LOOKUP_KEYS // 2)
-        for turn in range(_LOOKUP_ROUNDS):
-            for client, samples in self._in_turn(turn):
-                seconds = _seconds(client.lookup, self._few, there=there)
-                samples.lookups.append(_LOOKUP_KEYS / seconds)
-
-
-def _seconds(
-    call: Callable[..., list[bool]],
-    keys: Sequence[str],
-    *chunks: Chunks,
-    there: Sequence[bool] | None = None,
-) -> float:
-    """Seconds that a client's call takes; checks its answers, by default all true."""
-    started = time.perf_counter()
-    answers = call(keys, *chunks)
-    seconds = time.perf_counter() - started
-    expected = there or [True] * len(keys)
-    for key, answer, right in zip(keys, answers, expected, strict=True):
-        if answer != right:
-            raise Failure(f"{call.__qualname__}: {key}: expected {right}, got {answer}")
-    return seconds
 
 
 def demo(
@@ -328,9 +95,9 @@ def _private_server() -> PrivateServer:
 
 def _checked(url: str) -> str:
     try:
-        if urlsplit(url).scheme in _TRANSPORTS:
+        if urlsplit(url).scheme in TRANSPORTS:
             FastkvClient(url)
-            with _plain(url) as plain:
+            with plain_client(url) as plain:
                 plain.ping()
             return url
     except (TypeError, ValueError):
@@ -343,7 +110,7 @@ def _compare(urls: Sequence[str], tokens: int, rounds: int) -> None:
     if not console.is_terminal and console.width < 100:
         console = Console(highlight=False, width=100)
     _print_environment(console, urls[0])
-    size = tokens * _TOKEN_BYTES
+    size = tokens * TOKEN_BYTES
     random = np.random.default_rng()
     prompt = random.integers(0, 2**64, size // 8, np.uint64).view(np.uint8)
     memory = np.empty_like(prompt)
@@ -370,9 +137,9 @@ def _compare(urls: Sequence[str], tokens: int, rounds: int) -> None:
     console.print(
         f"{tokens:,} tokens of Llama 3.1 8B, bfloat16, {size >> 20} MiB. GB/s: median "
         f"(least-most) of {rounds} rounds that move it all. ms: retrieving a batch of "
-        f"{_BATCH_TOKENS} tokens, {_BATCH_TOKENS * _TOKEN_BYTES >> 20} MiB; "
-        f"{min(batches)} batches or more. Lookups: median of {_LOOKUP_ROUNDS} batches "
-        f"of {_LOOKUP_KEYS:,} keys, half of them there. Bytes and answers were right."
+        f"{BATCH_TOKENS} tokens, {BATCH_TOKENS * TOKEN_BYTES >> 20} MiB; "
+        f"{min(batches)} batches or more. Lookups: median of {LOOKUP_ROUNDS} batches "
+        f"of {LOOKUP_KEYS:,} keys, half of them there. Bytes and answers were right."
     )
     console.print(
         f"\nLoading must outrun prefill; below {_FLOOR:g} GB/s there is no point:"
@@ -382,7 +149,7 @@ def _compare(urls: Sequence[str], tokens: int, rounds: int) -> None:
 
 
 def _print_environment(console: Console, url: str) -> None:
-    with _plain(url) as plain:
+    with plain_client(url) as plain:
         info = cast("dict[str, object]", plain.info("server"))
         most = plain.connection_pool.max_connections
     server = f"Redis {info.get('redis_version')}"
@@ -393,7 +160,7 @@ def _print_environment(console: Console, url: str) -> None:
         hiredis = f"hiredis {importlib.metadata.version('hiredis')}"
     _, options, _ = options_of_url(url, {})
     workers, connections, _ = options.filled(most)
-    tensor = type(Chunks.cut(np.empty(_TOKEN_BYTES, np.uint8), 1).tensor)
+    tensor = type(Chunks.cut(np.empty(TOKEN_BYTES, np.uint8), 1).tensor)
     cores = len(os.sched_getaffinity(0))
     console.print(
         f"{server}; {cores} cores; Python {platform.python_version()}\n"

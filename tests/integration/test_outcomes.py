@@ -1,4 +1,6 @@
-"""Hit, miss, wrong length, error reply: a key's own, and the rest of the batch is right."""
+"""Hit, miss, wrong length, error reply: a key's own, and the rest of the batch is
+right.
+"""
 
 from __future__ import annotations
 

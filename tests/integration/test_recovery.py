@@ -1,4 +1,6 @@
-"""Lost, refused and silent servers: redis-py's exception in time, and back to work by itself."""
+"""Lost, refused and silent servers: redis-py's exception in time, and back to work by
+itself.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,9 @@ def test_a_missing_unix_socket_is_redis_pys_error(tmp_path: Any) -> None:
 
 def test_a_host_that_does_not_resolve_is_redis_pys_error() -> None:
     with fastkv.Redis.from_url("redis://no-such-host.invalid") as client:
-        with pytest.raises(ConnectionError, match="connecting to no-such-host.invalid"):
+        with pytest.raises(
+            ConnectionError, match=r"connecting to no-such-host\.invalid"
+        ):
             client.batch_tile_exists(["a"])
 
 
@@ -154,7 +158,7 @@ def test_a_server_that_accepts_and_says_nothing_times_out(
 def test_a_batch_has_its_time_out_while_connecting(make: Any, mute_port: int) -> None:
     client = make(port=mute_port)
     begin = time.monotonic()
-    with pytest.raises(TimeoutError, match="not all answered within 0.1 s"):
+    with pytest.raises(TimeoutError, match=r"not all answered within 0\.1 s"):
         client.batch_tile_exists(["a"], timeout=0.1)
     assert time.monotonic() - begin < 1
 

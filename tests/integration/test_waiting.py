@@ -66,7 +66,7 @@ def test_futures_are_those_of_concurrent_futures(
     futures = [client.submit_batch_tile_get(stored, buffers) for buffers in got]
     called = threading.Event()
     futures[0].add_done_callback(lambda _: called.set())
-    done, pending = concurrent.futures.wait(futures, timeout=20)
+    _, pending = concurrent.futures.wait(futures, timeout=20)
     assert not pending
     assert called.wait(5)
     for future, buffers in zip(futures, got, strict=True):
@@ -138,7 +138,7 @@ def test_a_batch_that_is_late_is_redis_pys_time_out(
     scripted.expect("GET", "a").reply(b"$3\r\nabc\r\n").when(gate)
     memory = bytearray(b"...")
     begin = time.monotonic()
-    with pytest.raises(TimeoutError, match="1 keys were not all answered within 0.2 s"):
+    with pytest.raises(TimeoutError, match="1 keys were not all answered"):
         client.batch_tile_get(["a"], [memory], timeout=0.2)
     assert 0.2 <= time.monotonic() - begin < 2
     memory.append(1)
@@ -266,7 +266,9 @@ def test_loops_that_ended_leave_no_memory_pinned(endpoint: Endpoint) -> None:
     memory = bytearray(10)
 
     async def leave() -> None:
-        asyncio.ensure_future(client.batch_tile_get(["no"] * 1000, [memory] * 1000))
+        asyncio.ensure_future(  # noqa: RUF006  # all_tasks finds it
+            client.batch_tile_get(["no"] * 1000, [memory] * 1000)
+        )
         await asyncio.sleep(0)
 
     loop = asyncio.new_event_loop()

@@ -1,4 +1,6 @@
-"""What is accepted as memory, how it is pinned, and what is said of the rest. No server."""
+"""What is accepted as memory, how it is pinned, and what is said of the rest. No
+server.
+"""
 
 from __future__ import annotations
 

@@ -15,8 +15,18 @@ torch = pytest.importorskip("torch")
 
 @pytest.mark.parametrize(
     "dtype",
-    "uint8 int64 float16 bfloat16 float32 float64 bool complex64 float8_e4m3fn "
-    "float8_e5m2".split(),
+    [
+        "uint8",
+        "int64",
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
+        "bool",
+        "complex64",
+        "float8_e4m3fn",
+        "float8_e5m2",
+    ],
 )
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 3, 4)])
 def test_tensors_of_every_type_and_shape_are_pinned(dtype: str, shape: Any) -> None:
@@ -67,7 +77,10 @@ def test_storage_cannot_be_freed_or_moved_under_a_pin() -> None:
 
 
 def test_fastkv_does_not_import_torch_or_numpy() -> None:
-    code = "import sys, fastkv, fastkv.asyncio; print({'torch', 'numpy'} & set(sys.modules))"
+    code = (
+        "import sys, fastkv, fastkv.asyncio\n"
+        "print({'torch', 'numpy'} & set(sys.modules))"
+    )
     said = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

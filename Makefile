@@ -1,0 +1,74 @@
+# Every command that we run. `make demo` and `make test` start from a bare Debian or Ubuntu.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard fastkv_ext/*.p* fastkv_ext/cpp/*)
+CPP := $(filter-out %.hpp,$(wildcard fastkv_ext/cpp/*))
+CXX ?= g++
+WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror -Wno-missing-field-initializers
+
+.PHONY: help demo test check lint test-cpp test-python dev format clean
+help:
+	@echo 'make demo    a KV cache through fastkv and redis-py, side by side'
+	@echo 'make test    lint, types, C++ tests, Python tests'
+	@echo 'make dev     editable build with assertions on'
+	@echo 'make format  what the formatters do'
+
+demo: $(BIN)/.demo
+	$(BIN)/fastkv demo
+
+test check: lint test-cpp test-python
+
+# What pip cannot install: a compiler, Python's headers and venv.
+$(BIN)/python:
+	PYTHON=$(PYTHON) .ci/system-packages
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+
+$(BIN)/.demo: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install -q -e '.[demo]'
+	@touch $@
+
+$(BIN)/.test: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install -q -e '.[cli,test]' --group dev
+	@touch $@
+
+dev: $(BIN)/.test
+	FASTKV_DEBUG=1 $(BIN)/python -m pip install -q -e .
+
+lint: $(BIN)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest fastkv._core
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint fastkv_ext/*.pyx fastkv_ext/*.pxd
+	$(BIN)/clang-format --dry-run -Werror fastkv_ext/cpp/* tests/cpp/*
+	$(BIN)/clang-tidy --quiet $(CPP) -- -std=c++20 -Ifastkv_ext/cpp
+	$(BIN)/codespell
+
+# Each test is a program over check.hpp, linked with all of cpp/.
+CPP_TESTS := $(patsubst tests/cpp/%.cpp,build/cpp/%,$(wildcard tests/cpp/test_*.cpp))
+OBJECTS := $(patsubst fastkv_ext/cpp/%.cpp,build/cpp/%.o,$(CPP))
+HEADERS := $(wildcard fastkv_ext/cpp/*.hpp tests/cpp/*.hpp)
+COMPILE = $(CXX) -std=c++20 -O1 -g -pthread -D_GLIBCXX_ASSERTIONS $(WARNINGS) -Ifastkv_ext/cpp
+
+build/cpp/%.o: fastkv_ext/cpp/%.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(COMPILE) -c $< -o $@
+
+build/cpp/test_%: tests/cpp/test_%.cpp $(OBJECTS) $(HEADERS)
+	$(COMPILE) $< $(OBJECTS) -o $@
+
+test-cpp: $(BIN)/python $(CPP_TESTS)
+	@for test in $(CPP_TESTS); do echo $$test; $$test || exit 1; done
+
+test-python: $(BIN)/.test
+	$(BIN)/python -m pytest
+
+format: $(BIN)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i fastkv_ext/cpp/* tests/cpp/*
+
+clean:
+	rm -rf build dist $(VENV) fastkv/*.so *.egg-info
