@@ -61,6 +61,7 @@ class Batch:
     def __len__(self) -> int: ...
     def add_set_option(self, argument: bytes) -> None: ...
     def forbid_repeat(self) -> None: ...
+    def promise_immutable(self) -> None: ...
     def pin_values(
         self,
         values: Iterable[object],
@@ -86,7 +87,12 @@ class CompletionQueue:
 @final
 class Engine:
     def __new__(
-        cls, workers: int, connections: int, window_bytes: int, window_requests: int
+        cls,
+        workers: int,
+        connections: int,
+        window_bytes: int,
+        window_requests: int,
+        range_bytes: int,
     ) -> Engine: ...
     @property
     def batches_in_flight(self) -> int: ...

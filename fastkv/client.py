@@ -39,6 +39,9 @@ class Redis(redis.Redis):
             read, or still has to send; raise it if ``tile_connections *
             tile_window_bytes`` is less than bandwidth times round-trip time. Default:
             4 MiB.
+        tile_range_bytes: A value of more than twice this is read in ranges of this,
+            which spares the server building it in one piece; 0: every value is read
+            whole. Default: 1 MiB.
     """
 
     def __init__(
@@ -47,11 +50,12 @@ class Redis(redis.Redis):
         tile_workers: int | None = None,
         tile_connections: int | None = None,
         tile_window_bytes: int | None = None,
+        tile_range_bytes: int | None = None,
         **kwargs: Any,
     ) -> None:
         self._tile_node: Node | None = None
         self._tile_options = TileOptions(
-            tile_workers, tile_connections, tile_window_bytes
+            tile_workers, tile_connections, tile_window_bytes, tile_range_bytes
         )
         super().__init__(*args, **kwargs)
 
@@ -120,8 +124,8 @@ class Redis(redis.Redis):
                 ``(n, ...)``. A tuple of buffers is filled in order. Each value must
                 have exactly its buffer's length in bytes.
             immutable: The caller promises that no value changes while it is read, as
-            with
-                content-hash keys.
+                with content-hash keys. Without it, what was read in ranges is checked
+                to be of one version, and read again if it was not.
             timeout: Seconds for the whole batch. Default: no limit, but
             ``socket_timeout``
                 for each stall of a connection.
@@ -142,7 +146,7 @@ class Redis(redis.Redis):
                 more often than the client's ``retry`` allows.
             TypeError, ValueError: A buffer cannot be used; nothing was sent.
         """
-        batch = commands.get(self.get_encoder(), keys, buffers)
+        batch = commands.get(self.get_encoder(), keys, buffers, immutable)
         return self._node().run(batch, timeout)
 
     def batch_tile_set(
@@ -219,7 +223,7 @@ class Redis(redis.Redis):
         Cancelling the future takes the batch back; the buffers stay pinned until no
         thread can write them any more, which the future does not wait for.
         """
-        batch = commands.get(self.get_encoder(), keys, buffers)
+        batch = commands.get(self.get_encoder(), keys, buffers, immutable)
         return self._node().submit(batch, timeout, self)
 
     def submit_batch_tile_set(

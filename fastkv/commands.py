@@ -28,8 +28,10 @@ Seconds: TypeAlias = "int | timedelta"
 When: TypeAlias = "int | datetime"
 
 
-def get(encoder: EncoderT, keys: Keys, buffers: Buffers) -> Batch:
+def get(encoder: EncoderT, keys: Keys, buffers: Buffers, immutable: bool) -> Batch:
     batch = _batch(Command.GET, encoder, keys)
+    if immutable:
+        batch.promise_immutable()
     pin(batch, buffers, writable=True)
     return batch
 

@@ -90,7 +90,7 @@ class Node:
                 `wake_connector` was called.
         """
         check_supported(pool)
-        workers, connections, window_bytes = options.filled(
+        workers, connections, window_bytes, range_bytes = options.filled(
             getattr(pool, "max_connections", 1 << 30)
         )
         self.options = options
@@ -98,7 +98,9 @@ class Node:
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # clients
         self.pool = weakref.ref(pool)
         self._broken = False  # a worker has died
-        self._engine = Engine(workers, connections, window_bytes, _WINDOW_REQUESTS)
+        self._engine = Engine(
+            workers, connections, window_bytes, _WINDOW_REQUESTS, range_bytes
+        )
         # Reentrant: a signal handler may use a client in the middle of anything.
         self._lock = threading.RLock()
         self._idle: list[CompletionQueue] = []  # of blocking calls

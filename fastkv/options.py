@@ -20,17 +20,21 @@ class TileOptions:
             `max_connections`.
         window_bytes: Value bytes that a connection may have asked for and not yet read,
             or still has to send. Default: 4 MiB.
+        range_bytes: A value of more than twice this is read in ranges of this; 0: every
+            value is read whole. Default: 1 MiB.
     """
 
     workers: int | None = None
     connections: int | None = None
     window_bytes: int | None = None
+    range_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for field, least, most in (
             ("workers", 1, 64),
             ("connections", 1, 1024),
             ("window_bytes", 1, 1 << 40),
+            ("range_bytes", 0, 1 << 40),
         ):
             value = getattr(self, field)
             if value is None:
@@ -44,13 +48,20 @@ class TileOptions:
                     f"tile_{field}: expected {least} to {most}, got {value}"
                 )
 
-    def filled(self, max_connections: int) -> tuple[int, int, int]:
-        """``(workers, connections with the lookup one, window_bytes)``, no default
-        left.
+    def filled(self, max_connections: int) -> tuple[int, int, int, int]:
+        """No default left.
+
+        Returns:
+            ``(workers, connections with the lookup one, window_bytes, range_bytes)``.
         """
         workers = self.workers or max(1, min(4, (os.cpu_count() or 1) // 2))
         connections = min((self.connections or max(4, workers)) + 1, max_connections)
-        return min(workers, connections), connections, self.window_bytes or 4 << 20
+        return (
+            min(workers, connections),
+            connections,
+            self.window_bytes or 4 << 20,
+            1 << 20 if self.range_bytes is None else self.range_bytes,
+        )
 
 
 def options_of_url(

@@ -168,6 +168,10 @@ cdef class Batch:
         """Say that an operation must not be sent again once the server may have seen it."""
         self.cpp.get().forbid_repeat()
 
+    def promise_immutable(self):
+        """Say that no value changes while it is read."""
+        self.cpp.get().promise_immutable()
+
     def pin_values(self, values, bint writable, as_buffer):
         """Pin one value a key: a buffer, or a tuple of buffers to be filled or sent in order.
 
@@ -391,6 +395,7 @@ cdef class Engine:
         connections: Connections over all threads. One carries lookups only, unless it is alone.
         window_bytes: Value bytes that a connection may have asked for and not yet read.
         window_requests: Requests that a connection may have in flight.
+        range_bytes: Values of more than twice this are read in ranges of this; 0: none is.
     """
 
     cdef CppEngine* cpp
@@ -398,11 +403,17 @@ cdef class Engine:
     cdef bint forked
 
     def __cinit__(
-        self, size_t workers, size_t connections, size_t window_bytes, size_t window_requests
+        self,
+        size_t workers,
+        size_t connections,
+        size_t window_bytes,
+        size_t window_requests,
+        size_t range_bytes,
     ):
         cdef Window window
         window.bytes = window_bytes
         window.requests = window_requests
+        window.range_bytes = range_bytes
         self.in_flight = {}
         self.forked = False
         self.cpp = new CppEngine(workers, connections, window)

@@ -102,6 +102,7 @@ cdef extern from "batch.hpp" namespace "fastkv" nogil:
         void end_value() except +
         void add_set_option(string_view) except +
         void forbid_repeat() noexcept
+        void promise_immutable() noexcept
         size_t size() noexcept
         uint64_t value_bytes(size_t) noexcept
         Outcome outcome(size_t) noexcept
@@ -114,6 +115,7 @@ cdef extern from "worker.hpp" namespace "fastkv" nogil:
     cdef cppclass Window:
         uint64_t bytes
         size_t requests
+        uint64_t range_bytes
 
 
 cdef extern from "fd.hpp" namespace "fastkv" nogil:

@@ -32,11 +32,12 @@ class Redis(redis.asyncio.Redis):
         tile_workers: int | None = None,
         tile_connections: int | None = None,
         tile_window_bytes: int | None = None,
+        tile_range_bytes: int | None = None,
         **kwargs: Any,
     ) -> None:
         self._tile_node: Node | None = None
         self._tile_options = TileOptions(
-            tile_workers, tile_connections, tile_window_bytes
+            tile_workers, tile_connections, tile_window_bytes, tile_range_bytes
         )
         super().__init__(**kwargs)
 
@@ -85,7 +86,9 @@ class Redis(redis.asyncio.Redis):
         once no thread can write the buffers any more, which takes moments, not the
         network's time.
         """
-        batch = commands.get(self.connection_pool.get_encoder(), keys, buffers)
+        batch = commands.get(
+            self.connection_pool.get_encoder(), keys, buffers, immutable
+        )
         return await self._node().wait(batch, timeout)
 
     async def batch_tile_set(

@@ -159,7 +159,7 @@ def _print_environment(console: Console, url: str) -> None:
     if HIREDIS_AVAILABLE:
         hiredis = f"hiredis {importlib.metadata.version('hiredis')}"
     _, options, _ = options_of_url(url, {})
-    workers, connections, _ = options.filled(most)
+    workers, connections, *_ = options.filled(most)
     tensor = type(Chunks.cut(np.empty(TOKEN_BYTES, np.uint8), 1).tensor)
     cores = len(os.sched_getaffinity(0))
     console.print(

@@ -40,12 +40,23 @@ std::uint64_t Batch::value_bytes(std::size_t index) const noexcept {
   return bytes;
 }
 
+bool Batch::in_ranges(std::size_t index) const noexcept {
+  return range_bytes_ > 0 && range_failures_[index] < 2 && value_bytes(index) > 2 * range_bytes_;
+}
+
+void Batch::note_range_failure(std::uint32_t index, Outcome outcome) noexcept {
+  range_failures_[index] =
+      outcome == Outcome::torn ? static_cast<std::uint8_t>(range_failures_[index] + 1) : 2;
+}
+
 Operation Batch::operation(std::uint32_t index) noexcept {
   Operation operation{.command = command_, .ticket = {this, index}, .key = key(index)};
   if (!value_ends_.empty()) {
     const std::size_t begin = index == 0 ? 0 : value_ends_[index - 1];
     operation.value = std::span(segments_).subspan(begin, value_ends_[index] - begin);
   }
+  if (in_ranges(index)) operation.range_bytes = range_bytes_;
+  operation.snapshot = !immutable_;
   operation.set_options = set_options_;
   operation.set_option_count = set_option_count_;
   return operation;

@@ -58,6 +58,8 @@ class Batch {
   void end_value() { value_ends_.push_back(segments_.size()); }
   void add_set_option(std::string_view argument);
   void forbid_repeat() noexcept { repeatable_ = false; }
+  // No value changes while it is read: no snapshot is needed.
+  void promise_immutable() noexcept { immutable_ = true; }
 
   Command command() const noexcept { return command_; }
   Priority priority() const noexcept;
@@ -65,7 +67,11 @@ class Batch {
   std::string_view key(std::size_t index) const noexcept;
   std::uint64_t value_bytes(std::size_t index) const noexcept;
   bool repeatable() const noexcept { return repeatable_; }
+  // Whether the value is to be read in ranges.
+  bool in_ranges(std::size_t index) const noexcept;
   Operation operation(std::uint32_t index) noexcept;
+  // A read in ranges was of no use. After two torn ones, or one misfit, the value is read whole.
+  void note_range_failure(std::uint32_t index, Outcome outcome) noexcept;
 
   // True if an error reply is one that the policy treats as a lost connection.
   bool retried_by_policy(std::string_view error) const noexcept;
@@ -86,6 +92,8 @@ class Batch {
   // immutable after submit
   const Command command_;
   bool repeatable_ = true;
+  bool immutable_ = false;
+  std::uint64_t range_bytes_ = 0;
   std::string keys_;  // all keys, one after the other
   std::vector<std::size_t> key_ends_;
   std::vector<Segment> segments_;  // all values' segments, one after the other
@@ -111,7 +119,8 @@ class Batch {
   // Counted down by workers; the one that reaches 0 completes the batch.
   std::atomic<std::size_t> unfinished_{0};
 
-  std::vector<Outcome> outcomes_;  // [i]: the worker that carries i, then the caller
+  std::vector<Outcome> outcomes_;             // [i]: the worker that carries i, then the caller
+  std::vector<std::uint8_t> range_failures_;  // [i]: the worker that carries i
   std::mutex failures_mutex_;
   std::vector<Failure> failures_;  // guarded by failures_mutex_ until completion
 };

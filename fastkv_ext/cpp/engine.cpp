@@ -25,7 +25,7 @@ Clock::duration to_duration(double seconds) {
 }  // namespace
 
 Engine::Engine(std::size_t workers, std::size_t connections, Window window)
-    : schedule_(workers, lane_priorities(connections)) {
+    : schedule_(workers, lane_priorities(connections), window.range_bytes) {
   for (std::size_t i = 0; i < workers; ++i) {
     workers_.push_back(std::make_unique<Worker>(i, schedule_, window));
   }

@@ -28,8 +28,11 @@ std::vector<Message> Inbox::take() {
   return std::exchange(messages_, {});
 }
 
-Schedule::Schedule(std::size_t workers, std::vector<PrioritySet> lane_priorities)
-    : lanes_(std::move(lane_priorities)), connected_(lanes_.size(), false) {
+Schedule::Schedule(std::size_t workers, std::vector<PrioritySet> lane_priorities,
+                   std::uint64_t range_bytes)
+    : lanes_(std::move(lane_priorities)),
+      range_bytes_(range_bytes),
+      connected_(lanes_.size(), false) {
   for (std::size_t i = 0; i < workers; ++i) inboxes_.push_back(std::make_unique<Inbox>());
   for (std::uint32_t lane = 0; lane < lanes_.size(); ++lane) {
     inbox_of_lane(lane).priorities |= lanes_[lane];
@@ -50,6 +53,10 @@ Status Schedule::submit(std::shared_ptr<Batch> batch, std::uint64_t id,
   batch->deadline_ = deadline;
   batch->outcomes_.assign(operations, Outcome::unanswered);
   batch->unfinished_ = operations;
+  if (batch->command() == Command::get && range_bytes_ > 0) {
+    batch->range_bytes_ = range_bytes_;
+    batch->range_failures_.assign(operations, 0);
+  }
   if (operations == 0) {
     batch->queue_->push(id);
     return {};
@@ -227,8 +234,12 @@ Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
           std::min({max_requests, std::max<std::size_t>(share, 1), batch.size() - batch.cursor_});
       run.first = static_cast<std::uint32_t>(batch.cursor_);
       for (std::uint64_t bytes = 0; run.count < most && (run.count == 0 || bytes < max_bytes);) {
+        // In ranges it keeps its connection busy by itself.
+        const bool in_ranges = batch.in_ranges(run.first + run.count);
+        if (in_ranges && run.count > 0) break;
         bytes += batch.value_bytes(run.first + run.count);
         ++run.count;
+        if (in_ranges) break;
       }
       batch.cursor_ += run.count;
     }

@@ -77,7 +77,9 @@ class Inbox {
 
 class Schedule {
  public:
-  Schedule(std::size_t workers, std::vector<PrioritySet> lane_priorities);
+  // Values of more than twice `range_bytes` are read in ranges; 0: none is.
+  Schedule(std::size_t workers, std::vector<PrioritySet> lane_priorities,
+           std::uint64_t range_bytes);
 
   // --- callers ---
   Status submit(std::shared_ptr<Batch> batch, std::uint64_t id,
@@ -156,6 +158,7 @@ class Schedule {
 
   // immutable after start
   const std::vector<PrioritySet> lanes_;
+  const std::uint64_t range_bytes_;
   std::vector<std::unique_ptr<Inbox>> inboxes_;
 
   std::mutex fork_mutex_;

@@ -34,6 +34,13 @@ void Session::end_inline(std::size_t begin) {
 }
 
 void Session::push(const Operation& operation) {
+  if (operation.command == Command::get && operation.range_bytes > 0) {
+    ranged_.push_back({.operation = operation,
+                       .value_bytes = total_bytes(operation.value),
+                       .first_byte = queued_});
+    if (operation.snapshot) push_step(ranged_.back(), Command::watch);
+    return;
+  }
   Waiting waiting{.ticket = operation.ticket,
                   .command = operation.command,
                   .first_byte = queued_,
@@ -55,6 +62,10 @@ void Session::push(const Operation& operation) {
       append_bulk(heads_, operation.key);
       break;
     case Command::ping: heads_.append("*1\r\n$4\r\nPING\r\n"); break;
+    case Command::watch:
+    case Command::range:
+    case Command::multi:
+    case Command::exec: break;  // push_step's
     case Command::set:
       append_array_header(heads_, 3 + operation.set_option_count);
       heads_.append("$3\r\nSET\r\n");
@@ -75,6 +86,75 @@ void Session::push(const Operation& operation) {
   end_inline(begin);
   waiting.end_byte = queued_;
   waiting_.push_back(waiting);
+}
+
+void Session::pump(std::uint64_t window) {
+  while (pumping() && outstanding_bytes() < window) {
+    Ranged& ranged = ranged_.back();
+    // Once one range did not fit, the others are of no use.
+    if (!ranged.misfit) push_range(ranged);
+    if (!ranged.misfit && ranged.next < ranged.value_bytes) continue;
+    if (ranged.operation.snapshot) {
+      push_step(ranged, Command::multi);
+      push_step(ranged, Command::exec);
+    }
+    ranged.asked = true;
+    complete_ranged();  // a misfit may have had its last answer
+  }
+}
+
+void Session::push_range(Ranged& ranged) {
+  push_step(ranged, Command::range,
+            std::min(ranged.operation.range_bytes, ranged.value_bytes - ranged.next));
+  Waiting& waiting = waiting_.back();
+  waiting.segment = ranged.segment;
+  waiting.segment_at = ranged.segment_at;
+  unread_ += waiting.value_bytes;
+  ranged.next += waiting.value_bytes;
+  const auto& value = ranged.operation.value;
+  for (std::uint64_t left = waiting.value_bytes; left > 0;) {
+    const std::size_t part =
+        std::min<std::uint64_t>(left, value[ranged.segment].size - ranged.segment_at);
+    left -= part;
+    ranged.segment_at += part;
+    if (ranged.segment_at == value[ranged.segment].size) {
+      ++ranged.segment;
+      ranged.segment_at = 0;
+    }
+  }
+}
+
+void Session::push_step(Ranged& ranged, Command command, std::uint64_t bytes) {
+  const std::size_t begin = heads_.size();
+  const std::string_view key = ranged.operation.key;
+  switch (command) {
+    case Command::watch:
+      heads_.append("*2\r\n$5\r\nWATCH\r\n");
+      append_bulk(heads_, key);
+      break;
+    case Command::range: {
+      heads_.append("*4\r\n$8\r\nGETRANGE\r\n");
+      append_bulk(heads_, key);
+      append_bulk(heads_, std::to_string(ranged.next));
+      // The end is inclusive; the last range asks for one byte more, to notice a longer value.
+      const bool last = ranged.next + bytes == ranged.value_bytes;
+      append_bulk(heads_, std::to_string(ranged.next + bytes - (last ? 0 : 1)));
+      break;
+    }
+    case Command::multi: heads_.append("*1\r\n$5\r\nMULTI\r\n"); break;
+    default: heads_.append("*1\r\n$4\r\nEXEC\r\n"); break;
+  }
+  Waiting waiting{.ticket = ranged.operation.ticket,
+                  .command = command,
+                  .abandoned = ranged.abandoned,
+                  .first_byte = queued_,
+                  .value = ranged.operation.value,
+                  .value_bytes = bytes,
+                  .ranged = &ranged};
+  end_inline(begin);
+  waiting.end_byte = queued_;
+  waiting_.push_back(waiting);
+  ++ranged.unanswered;
 }
 
 std::span<const iovec> Session::prepare_write() noexcept {
@@ -126,11 +206,21 @@ void Session::commit_write(std::size_t bytes) noexcept {
 // How many bytes to read for the next head: for a large value no more than its header has, so that
 // no byte of its body must be copied.
 std::size_t Session::head_target() const noexcept {
-  const std::size_t next = reading_ == Reading::head ? 0 : 1;
-  if (waiting_.size() <= next) return kScratchBytes;
-  const Waiting& waiting = waiting_[next];
-  if (waiting.command != Command::get || waiting.value_bytes <= kSmallValue) return kScratchBytes;
-  return bulk_header_size(waiting.value_bytes);
+  std::size_t bytes = 0;
+  for (std::size_t i = reading_ == Reading::head ? 0 : 1; i < waiting_.size(); ++i) {
+    const Waiting& waiting = waiting_[i];
+    switch (waiting.command) {
+      case Command::watch:
+      case Command::multi: bytes += 5; break;  // +OK
+      case Command::exec: bytes += 4; break;   // *0
+      case Command::get:
+      case Command::range:
+        if (waiting.value_bytes <= kSmallValue) return kScratchBytes;
+        return bytes + bulk_header_size(waiting.value_bytes);
+      default: return kScratchBytes;
+    }
+  }
+  return kScratchBytes;
 }
 
 bool Session::into_value() const noexcept {
@@ -144,13 +234,16 @@ std::span<const iovec> Session::prepare_read() noexcept {
     // While a body is read into its value the scratch is empty: commit_read copied all it held.
     const auto& value = waiting_.front().value;
     std::size_t at = segment_at_;
-    for (std::size_t i = segment_; i < value.size(); ++i, at = 0) {
+    std::uint64_t left = body_left_;  // a range ends before its value does
+    for (std::size_t i = segment_; left > 0; ++i, at = 0) {
       if (value[i].size == at) continue;
       if (count == read_iov_.size() - 1) {
         whole = false;
         break;
       }
-      read_iov_[count++] = {value[i].data + at, value[i].size - at};
+      const std::size_t size = std::min<std::uint64_t>(left, value[i].size - at);
+      read_iov_[count++] = {value[i].data + at, size};
+      left -= size;
     }
   }
   if (begin_ == end_) {
@@ -242,7 +335,11 @@ Status Session::commit_read(std::size_t bytes) {
         }
         begin_ += 2;
         reading_ = Reading::head;
-        complete(body_outcome_, body_bytes_);
+        if (waiting_.front().ranged) {
+          complete_step(body_outcome_ == Outcome::hit);
+        } else {
+          complete(body_outcome_, body_bytes_);
+        }
         break;
     }
   }
@@ -258,9 +355,10 @@ Status Session::take_head(const ReplyHead& head) {
     if (head.type != Type::error) return protocol_error("a reply to what was not asked yet");
     pieces_.clear();
     Status refused{Code::connection_lost, std::string(head.text)};
-    complete(Outcome::refused, 0, head.text);
+    if (!front.ranged) complete(Outcome::refused, 0, head.text);
     return refused;
   }
+  if (front.ranged) return take_step(head);
   const bool awaits_body = front.command == Command::get;
   if (awaits_body && (head.type != Type::bulk || head.value < 0)) unread_ -= front.value_bytes;
   if (head.type == Type::error) {
@@ -301,8 +399,80 @@ Status Session::take_head(const ReplyHead& head) {
       if (head.type != Type::simple) return protocol_error("PING was not answered by PONG");
       complete(Outcome::hit);
       return {};
+    case Command::watch:
+    case Command::range:
+    case Command::multi:
+    case Command::exec: break;  // take_step's
   }
   return protocol_error("unknown command");
+}
+
+Status Session::take_step(const ReplyHead& head) {
+  using Type = ReplyHead::Type;
+  const Waiting& front = waiting_.front();
+  const Command command = front.command;
+  if (head.type == Type::error) {
+    if (command == Command::range) unread_ -= front.value_bytes;
+    // Unknown here, or not allowed to this user; not a matter of this key or this moment.
+    if (head.text.starts_with("ERR") || head.text.find("to run the") != std::string_view::npos) {
+      ranges_refused_ = true;
+    }
+    std::string text(head.text);
+    complete_step(false);
+    // The server may go on to queue what we send.
+    if (command == Command::exec) return {Code::connection_lost, std::move(text)};
+    return {};
+  }
+  switch (command) {
+    case Command::range:
+      if (head.type != Type::bulk || head.value < 0) {
+        return protocol_error("GETRANGE was not answered by a string");
+      }
+      reading_ = Reading::body;
+      segment_ = front.segment;
+      segment_at_ = front.segment_at;
+      body_left_ = static_cast<std::uint64_t>(head.value);
+      body_outcome_ = body_left_ == front.value_bytes ? Outcome::hit : Outcome::misfit;
+      discard_ = front.abandoned || body_outcome_ == Outcome::misfit;
+      if (discard_) unread_ -= front.value_bytes;
+      return {};
+    case Command::exec:
+      // A nil is an array in RESP2; some proxies say it with a bulk string.
+      if (!(head.type == Type::array && head.value <= 0) &&
+          !(head.type == Type::bulk && head.value < 0)) {
+        return protocol_error("EXEC was answered by neither an empty array nor nil");
+      }
+      if (head.value < 0) front.ranged->torn = true;
+      complete_step(true);
+      return {};
+    default:
+      if (head.type != Type::simple || head.text != "OK") {
+        return protocol_error("WATCH or MULTI was not answered by OK");
+      }
+      complete_step(true);
+      return {};
+  }
+}
+
+void Session::complete_step(bool fits) {
+  Ranged& ranged = *waiting_.front().ranged;
+  waiting_.pop_front();
+  if (!fits) ranged.misfit = true;
+  --ranged.unanswered;
+  complete_ranged();
+}
+
+void Session::complete_ranged() {
+  while (!ranged_.empty() && ranged_.front().asked && ranged_.front().unanswered == 0) {
+    const Ranged& ranged = ranged_.front();
+    if (!ranged.abandoned) {
+      completed_.push_back({.ticket = ranged.operation.ticket,
+                            .outcome = ranged.misfit ? Outcome::misfit
+                                       : ranged.torn ? Outcome::torn
+                                                     : Outcome::hit});
+    }
+    ranged_.pop_front();
+  }
 }
 
 Status Session::protocol_error(std::string_view why) const {
@@ -341,18 +511,29 @@ Session::Abandoned Session::abandon(const void* owner) noexcept {
       discard_ = true;
       unread_ -= body_left_;
     }
+    if (!waiting.ranged) ++result.released;
+  }
+  for (Ranged& ranged : ranged_) {
+    if (ranged.abandoned || ranged.operation.ticket.owner != owner) continue;
+    // What it had WATCHed is forgotten at the next EXEC, which may be torn in vain.
+    ranged.abandoned = ranged.asked = true;
     ++result.released;
   }
+  complete_ranged();
   return result;
 }
 
 std::vector<Session::Lost> Session::reset() {
   std::vector<Lost> lost;
   for (const Waiting& waiting : waiting_) {
-    if (waiting.abandoned || !waiting.ticket.owner) continue;
+    if (waiting.abandoned || !waiting.ticket.owner || waiting.ranged) continue;
     lost.push_back({waiting.ticket, written_ > waiting.first_byte});
   }
+  for (const Ranged& ranged : ranged_) {
+    if (!ranged.abandoned) lost.push_back({ranged.operation.ticket, written_ > ranged.first_byte});
+  }
   waiting_.clear();
+  ranged_.clear();
   completed_.clear();
   heads_.clear();
   pieces_.clear();

@@ -33,7 +33,18 @@ struct Segment {
   std::size_t size = 0;
 };
 
-enum class Command : std::uint8_t { get, set, exists, unlink, ping };
+enum class Command : std::uint8_t {
+  get,
+  set,
+  exists,
+  unlink,
+  ping,
+  // Steps of a GET in ranges.
+  watch,
+  range,
+  multi,
+  exec,
+};
 
 // Names an operation for its owner; the session only hands it back.
 struct Ticket {
@@ -44,8 +55,10 @@ struct Ticket {
 struct Operation {
   Command command = Command::get;
   Ticket ticket;
-  std::string_view key;            // read during push() only
+  std::string_view key;            // read during push(), or until the last range is asked for
   std::span<const Segment> value;  // get, set: used until the operation completes
+  std::uint64_t range_bytes = 0;   // get: read it in ranges of this length; 0: whole
+  bool snapshot = true;            // in ranges: make sure that all are of one version
   std::string_view set_options;    // set: arguments after the value, already RESP bulk strings
   std::size_t set_option_count = 0;
 };
@@ -64,8 +77,20 @@ class Session {
 
   Session();
 
-  // Appends a request. Its reply will be expected after those of all earlier ones.
+  // Appends a request. Its reply will be expected after those of all earlier ones. Not while the
+  // ranges of an earlier one are still to be asked for.
   void push(const Operation& operation);
+
+  // A value in ranges is one request after the other, as long as fewer than `window` bytes are
+  // outstanding: asked for all at once, the server would build the whole value before it sends.
+  // As one version, by optimistic locking
+  // (https://redis.io/docs/latest/develop/reference/transactions/): WATCH key, the ranges, MULTI,
+  // EXEC. EXEC answers an empty array if nobody touched the key. May complete an operation, too.
+  void pump(std::uint64_t window);
+  bool pumping() const noexcept { return !ranged_.empty() && !ranged_.back().asked; }
+  // A server, proxy or ACL has refused a command that ranges need: use plain GETs here. Survives
+  // reset(), or each reconnect would try again.
+  bool ranges_refused() const noexcept { return ranges_refused_; }
 
   // What to send next, in order; commit_write says how much of it went out.
   std::span<const iovec> prepare_write() noexcept;
@@ -90,7 +115,7 @@ class Session {
   Abandoned abandon(const void* owner) noexcept;
 
   // The connection is gone: what was not completed, oldest first, and whether any byte of its
-  // request was sent. The session is as new afterwards.
+  // request was sent. The session can be used for a new connection afterwards.
   struct Lost {
     Ticket ticket;
     bool sent = false;
@@ -103,15 +128,32 @@ class Session {
   bool has_unsent() const noexcept { return written_ != queued_; }
 
  private:
+  // A GET in ranges. Its steps stand in waiting_, and point here.
+  struct Ranged {
+    Operation operation;
+    std::uint64_t value_bytes = 0;
+    std::uint64_t first_byte = 0;  // as in Waiting
+    std::uint64_t next = 0;        // where in the value the next range begins
+    std::size_t segment = 0;       // ... and where in memory
+    std::size_t segment_at = 0;
+    std::size_t unanswered = 0;  // steps pushed and not answered
+    bool asked = false;          // no more steps follow
+    bool misfit = false;
+    bool torn = false;
+    bool abandoned = false;
+  };
   struct Waiting {
     Ticket ticket;
     Command command = Command::get;
     bool abandoned = false;
-    std::uint64_t first_byte =
-        0;  // where the request begins and ends in the stream of all requests
+    // Where the request begins and ends in the stream of all requests.
+    std::uint64_t first_byte = 0;
     std::uint64_t end_byte = 0;
     std::span<const Segment> value;
-    std::uint64_t value_bytes = 0;
+    std::uint64_t value_bytes = 0;  // from here in `value` on:
+    std::size_t segment = 0;
+    std::size_t segment_at = 0;
+    Ranged* ranged = nullptr;
   };
   // A stretch of the request stream: bytes of heads_ (external is null) or of a caller's value.
   struct Piece {
@@ -122,14 +164,21 @@ class Session {
   enum class Reading : std::uint8_t { head, body, body_end };
 
   void end_inline(std::size_t begin);
+  void push_step(Ranged& ranged, Command command, std::uint64_t bytes = 0);
+  void push_range(Ranged& ranged);
   std::size_t head_target() const noexcept;
   bool into_value() const noexcept;
   void advance_value(std::size_t bytes) noexcept;
   Status take_head(const ReplyHead& head);
   Status protocol_error(std::string_view why) const;
+  Status take_step(const ReplyHead& head);
+  void complete_step(bool fits);
+  void complete_ranged();
   void complete(Outcome outcome, std::int64_t actual_bytes = 0, std::string_view error = {});
 
   std::deque<Waiting> waiting_;
+  std::deque<Ranged> ranged_;  // elements do not move
+  bool ranges_refused_ = false;
   std::vector<Completed> completed_;
 
   // Sending.

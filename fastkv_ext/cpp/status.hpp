@@ -36,6 +36,9 @@ enum class Outcome : std::uint8_t {
   miss,           // no such key, or a SET's NX or XX was not met
   size_mismatch,  // the value has another length than its buffer
   refused,        // an error reply
+  // Of a value that was read in ranges; never a batch's last word.
+  torn,    // it changed meanwhile: read it again
+  misfit,  // missing, of another length, or refused: read it whole, to know
 };
 
 }  // namespace fastkv

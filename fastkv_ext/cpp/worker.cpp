@@ -210,6 +210,12 @@ void Worker::settle(Lane& lane) {
       // An error reply says that the command did not run, so even a conditional SET may go again.
       if (schedule_.requeue(batch, index, false, true, Code::connection_lost)) continue;
     }
+    if (completed.outcome == Outcome::torn || completed.outcome == Outcome::misfit) {
+      batch.note_range_failure(index, completed.outcome);
+      // If not, the batch was abandoned, and needs no answer.
+      if (!schedule_.requeue(batch, index, false, false, Code::ok)) finished(&batch);
+      continue;
+    }
     if (completed.outcome == Outcome::hit || completed.outcome == Outcome::miss) {
       batch.answer(index, completed.outcome);
     } else {
@@ -226,6 +232,11 @@ std::size_t Worker::feed(Lane& lane) {
   if (lane.state == State::connected && lane.session.requests() == 0 &&
       lane.generation != schedule_.generation()) {
     lose(lane, {Code::closed, {}}, false);
+  }
+  if (lane.state == State::connected && lane.session.pumping()) {
+    lane.session.pump(window_.bytes);
+    settle(lane);
+    if (lane.stream && !lane.polls_write) transmit(lane);
   }
   if (!schedule_.has_work(lane.priorities)) return 0;
   const bool idle = lane.session.requests() == 0;
@@ -246,14 +257,18 @@ std::size_t Worker::feed(Lane& lane) {
     return 0;
   }
   std::size_t fed = 0;
-  while (session.requests() < window_.requests && session.outstanding_bytes() < window_.bytes) {
+  while (!session.pumping() && session.requests() < window_.requests &&
+         session.outstanding_bytes() < window_.bytes) {
     carried_ =
         schedule_.pull(lane.priorities, lane.generation, window_.requests - session.requests(),
                        window_.bytes - session.outstanding_bytes());
     if (carried_.count == 0) break;
     fed += carried_.count;
     for (; carried_.count > 0; --carried_.count) {
-      session.push(carried_.batch->operation(carried_.first++));
+      Operation operation = carried_.batch->operation(carried_.first++);
+      if (session.ranges_refused()) operation.range_bytes = 0;
+      session.push(operation);
+      session.pump(window_.bytes);
     }
   }
   if (fed == 0) return 0;

@@ -20,10 +20,11 @@
 
 namespace fastkv {
 
-// How much a connection may carry at once.
+// How much a connection may carry at once, and in which pieces.
 struct Window {
   std::uint64_t bytes = 0;
   std::size_t requests = 0;
+  std::uint64_t range_bytes = 0;
 };
 
 class Worker {

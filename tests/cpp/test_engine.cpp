@@ -174,7 +174,7 @@ void check_outcomes(const Call& call) {
   }
 }
 
-constexpr Window kWindow{64 * 1024, 64};
+constexpr Window kWindow{64 * 1024, 64, 0};
 constexpr Command kCommands[] = {Command::get, Command::set, Command::exists, Command::unlink};
 
 }  // namespace

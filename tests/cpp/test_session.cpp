@@ -397,6 +397,171 @@ TEST(random_bytes_give_completions_or_one_error_the_same_for_every_cut) {
   }
 }
 
+// --- in ranges ---------------------------------------------------------------------------------
+
+namespace {
+
+Operation in_ranges(const Memory& memory, bool snapshot, void* owner = &owner_a,
+                    std::uint32_t index = 0) {
+  Operation operation = get("k", memory, owner, index);
+  operation.range_bytes = 10'000;
+  operation.snapshot = snapshot;
+  return operation;
+}
+
+// The replies to a value in ranges, from a server that has `value`.
+std::vector<std::string> replies_to(const std::string& requests, const std::string& value) {
+  std::vector<std::string> replies;
+  std::size_t at = 0;
+  const auto next = [&] {
+    at = requests.find("\r\n", at) + 2;
+    const std::size_t end = requests.find("\r\n", at);
+    const std::string word = requests.substr(at, end - at);
+    at = end + 2;
+    return word;
+  };
+  while (at < requests.size()) {
+    at = requests.find("\r\n", at) + 2;
+    const std::string command = next();
+    if (command == "GETRANGE") {
+      next();
+      const std::size_t begin = std::stoul(next());
+      const std::size_t end = std::min<std::size_t>(std::stoul(next()) + 1, value.size());
+      replies.push_back(bulk(begin < end ? value.substr(begin, end - begin) : ""));
+    } else if (command == "EXEC") {
+      replies.push_back("*0\r\n");
+    } else {
+      if (command == "WATCH") next();
+      replies.push_back("+OK\r\n");
+    }
+  }
+  return replies;
+}
+
+}  // namespace
+
+TEST(a_value_in_ranges_is_asked_for_as_the_window_allows_and_lands_in_order) {
+  std::string value;
+  for (int i = 0; i < 45'000; ++i) value += static_cast<char>('a' + i % 23);
+  for (const bool snapshot : {true, false}) {
+    for (const std::size_t most : {1, 7, 1000, 1 << 20}) {
+      Session session;
+      Memory memory({3, 19'000, 0, 25'000, 997});
+      session.push(in_ranges(memory, snapshot));
+      std::string requests;
+      int rounds = 0;
+      while (session.requests() > 0 || session.pumping()) {
+        session.pump(15'000);
+        CHECK(session.outstanding_bytes() <= 25'000);
+        const std::string sent_now = sent(session);
+        requests += sent_now;
+        for (const std::string& reply : replies_to(sent_now, value)) {
+          CHECK(feed(session, reply, most).ok());
+        }
+        CHECK(++rounds < 10);
+      }
+      CHECK(rounds >= 3);
+      const auto done = completed(session);
+      CHECK(done.size() == 1 && done[0].outcome == Outcome::hit);
+      CHECK(memory.text() == value);
+      CHECK(session.outstanding_bytes() == 0);
+      CHECK((requests.find("WATCH") != std::string::npos) == snapshot);
+      CHECK((requests.find("EXEC") != std::string::npos) == snapshot);
+    }
+  }
+}
+
+TEST(a_value_in_ranges_of_another_length_or_none_is_a_misfit) {
+  for (const std::size_t actual : {0, 5, 20'000, 29'999, 30'001, 90'000}) {
+    for (const bool snapshot : {true, false}) {
+      for (const std::uint64_t window : {1, 15'000, 1'000'000}) {
+        Session session;
+        Memory memory(30'000);
+        session.push(in_ranges(memory, snapshot));
+        while (session.requests() > 0 || session.pumping()) {
+          session.pump(window);
+          for (const std::string& reply : replies_to(sent(session), std::string(actual, 'x'))) {
+            CHECK(feed(session, reply).ok());
+          }
+        }
+        const auto done = completed(session);
+        CHECK(!done.empty() && done.back().outcome == Outcome::misfit);
+        CHECK(session.outstanding_bytes() == 0);
+      }
+    }
+  }
+}
+
+TEST(an_exec_that_answers_nil_says_that_the_value_is_torn) {
+  Session session;
+  Memory memory(30'000);
+  session.push(in_ranges(memory, true));
+  session.pump(1 << 20);
+  auto replies = replies_to(sent(session), std::string(30'000, 'x'));
+  CHECK(replies.back() == "*0\r\n");
+  replies.back() = "*-1\r\n";
+  for (const std::string& reply : replies) CHECK(feed(session, reply).ok());
+  CHECK(completed(session)[0].outcome == Outcome::torn);
+}
+
+TEST(a_refused_step_is_a_misfit_and_remembered) {
+  // WATCH, three ranges, MULTI, EXEC.
+  for (std::size_t refused = 0; refused < 6; ++refused) {
+    for (const std::string why : {"-ERR unknown command\r\n", "-LOADING wait\r\n"}) {
+      Session session;
+      Memory memory(30'000);
+      session.push(in_ranges(memory, true));
+      session.pump(1 << 20);
+      auto replies = replies_to(sent(session), std::string(30'000, 'x'));
+      CHECK(replies.size() == 6);
+      replies[refused] = why;
+      Status status;
+      for (const std::string& reply : replies) status = feed(session, reply);
+      CHECK(completed(session)[0].outcome == Outcome::misfit);
+      CHECK(session.ranges_refused() == why.starts_with("-ERR"));
+      CHECK(status.ok() == (refused != 5));  // a connection may be left inside MULTI
+      CHECK(session.outstanding_bytes() == 0);
+    }
+  }
+}
+
+TEST(abandoned_ranges_are_not_written_and_no_more_are_asked_for) {
+  const std::string value(50'000, 'v');
+  for (const std::size_t answered : {0, 1, 2, 3}) {
+    Session session;
+    Memory memory(value.size());
+    Memory other(3);
+    session.push(in_ranges(memory, true));
+    session.pump(25'000);
+    const auto replies = replies_to(sent(session), value);
+    CHECK(replies.size() == 4);  // WATCH and three ranges
+    for (std::size_t i = 0; i < answered; ++i) CHECK(feed(session, replies[i]).ok());
+    CHECK(session.abandon(&owner_a).released == 1);
+    CHECK(!session.pumping());
+    const std::string before = memory.text();
+    session.push(get("other", other, &owner_b));
+    for (std::size_t i = answered; i < replies.size(); ++i) CHECK(feed(session, replies[i]).ok());
+    CHECK(memory.text() == before);
+    sent(session);
+    CHECK(feed(session, bulk("abc")).ok());
+    const auto done = completed(session);
+    CHECK(done.size() == 1 && done[0].ticket.owner == &owner_b);
+    CHECK(other.text() == "abc" && session.outstanding_bytes() == 0);
+    CHECK(session.reset().empty());
+  }
+}
+
+TEST(a_lost_value_in_ranges_is_lost_once) {
+  Session session;
+  Memory memory(50'000);
+  session.push(in_ranges(memory, true, &owner_a, 7));
+  session.pump(25'000);
+  sent(session);
+  const auto lost = session.reset();
+  CHECK(lost.size() == 1 && lost[0].ticket.index == 7 && lost[0].sent);
+  CHECK(!session.pumping());
+}
+
 int main() {
   return check::run_all();
 }

@@ -51,9 +51,10 @@ def test_each_kind_of_outcome_is_a_keys_own(
         "60 of 100 keys failed; the first is 'short': expected a value of 5 bytes"
         in str(caught.value)
     )
-    connections = len(plain.client_list())
+    connections = {c["id"] for c in plain.client_list()}
     assert client.batch_tile_get(["hit"] * 50, got[:50]) == [True] * 50
-    assert len(plain.client_list()) == connections
+    # None was lost; more may have been made meanwhile.
+    assert connections <= {c["id"] for c in plain.client_list()}
 
 
 def test_a_full_server_refuses_what_does_not_fit(

@@ -52,6 +52,7 @@ def test_urls_and_keywords_give_options_and_leave_the_rest_to_redis(
         ),
         ({"tile_window_bytes": -1}, ValueError, "tile_window_bytes"),
         ({"tile_workers": True}, TypeError, "got bool"),
+        ({"tile_range_bytes": -1}, ValueError, "expected 0 to"),
     ],
 )
 def test_bad_options_are_refused_when_the_client_is_made(
@@ -76,9 +77,10 @@ def test_bad_options_in_a_url_are_refused(query: str, said: str) -> None:
 
 def test_defaults_stay_within_the_pools_limit() -> None:
     for most in (1, 2, 5, 100):
-        workers, connections, window = TileOptions().filled(most)
+        workers, connections, window, ranges = TileOptions().filled(most)
         assert 1 <= workers <= connections <= most
         assert window == 4 << 20
+        assert ranges == 1 << 20
     assert TileOptions(workers=8).filled(100)[:2] == (8, 9)
     assert TileOptions(workers=2, connections=16).filled(100)[:2] == (2, 17)
 

@@ -1,0 +1,188 @@
+"""Large values are read in ranges, and are of one version all the same."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+
+import fastkv
+from fastkv.cli.private_server import PrivateServer
+from tests.conftest import Endpoint
+
+SIZE = 6_000_001
+
+
+def calls(plain: redis.Redis, command: str) -> int:
+    stats: dict[str, Any] = plain.info("commandstats")  # type: ignore[assignment]
+    return int(stats.get(f"cmdstat_{command}", {"calls": 0})["calls"])
+
+
+@pytest.mark.parametrize("immutable", [True, False])
+def test_large_values_are_read_in_ranges_and_small_ones_whole(
+    client: fastkv.Redis, plain: redis.Redis, immutable: bool
+) -> None:
+    values = [os.urandom(n) for n in (2 << 20, (2 << 20) + 1, SIZE, 10)]
+    keys = ["two", "more", "large", "small"]
+    client.batch_tile_set(keys, values)
+    plain.config_resetstat()
+    got = [bytearray(len(value)) for value in values]
+    assert client.batch_tile_get(keys, got, immutable=immutable) == [True] * 4
+    assert got == values
+    assert calls(plain, "get") == 2
+    assert calls(plain, "getrange") == 3 + 6
+    assert calls(plain, "exec") == (0 if immutable else 2)
+
+
+@pytest.mark.parametrize("immutable", [True, False])
+def test_outcomes_are_those_of_a_plain_get(
+    client: fastkv.Redis, plain: redis.Redis, immutable: bool
+) -> None:
+    plain.set("hit", b"x" * SIZE)
+    plain.set("short", b"x" * (SIZE - 1))
+    plain.set("long", b"x" * (SIZE + 1))
+    plain.set("empty", b"")
+    plain.lpush("list", "x")
+    keys = ["hit", "miss", "short", "long", "empty", "list", "hit"]
+    got = np.zeros((len(keys), SIZE), np.uint8)
+    with pytest.raises(fastkv.TileError) as caught:
+        client.batch_tile_get(keys, got, immutable=immutable)
+    hit, miss, short, long, empty, wrong, again = caught.value.outcomes
+    assert (hit, miss, again) == (True, False, True)
+    assert [getattr(e, "actual", None) for e in (short, long, empty)] == [
+        SIZE - 1,
+        SIZE + 1,
+        0,
+    ]
+    assert str(wrong).startswith("WRONGTYPE")
+    assert bytes(got[0]) == bytes(got[6]) == b"x" * SIZE
+
+
+def version(number: int) -> bytes:
+    return bytes([number % 256]) * SIZE
+
+
+def _overwrite(plain: redis.Redis, number: int) -> None:
+    plain.set("k", version(number))
+
+
+def _patch(plain: redis.Redis, number: int) -> None:
+    # In place: the same string, changed at both ends at once.
+    with plain.pipeline(transaction=True) as pipe:
+        pipe.setrange("k", 0, bytes([number % 256]))
+        pipe.setrange("k", SIZE - 1, bytes([number % 256]))
+        pipe.execute()
+
+
+def _delete(plain: redis.Redis, number: int) -> None:
+    plain.delete("k")
+    plain.set("k", version(number))
+
+
+def _expire(plain: redis.Redis, number: int) -> None:
+    plain.set("k", version(number), px=3)
+    threading.Event().wait(0.002)
+
+
+def _rename(plain: redis.Redis, number: int) -> None:
+    plain.set("other", version(number))
+    plain.rename("other", "k")
+
+
+@pytest.mark.parametrize("change", [_overwrite, _patch, _delete, _expire, _rename])
+def test_a_value_that_changes_all_the_time_is_never_a_mix(
+    client: fastkv.Redis,
+    plain: redis.Redis,
+    change: Callable[[redis.Redis, int], None],
+) -> None:
+    plain.set("k", version(0))
+    stop = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            change(plain, number)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    hits = 0
+    try:
+        for _ in range(40):
+            got = np.full(SIZE, 0xA5, np.uint8)
+            (hit,) = client.batch_tile_get(["k"], [got])
+            hits += hit
+            if hit:
+                ends = {int(got[0]), int(got[-1])}
+                assert len(ends) == 1
+                if change is not _patch:
+                    assert {int(n) for n in np.unique(got)} == ends
+    finally:
+        stop.set()
+        writer.join()
+    if change not in (_expire, _delete):
+        assert hits == 40  # it is read, however often it changes
+
+
+@pytest.mark.parametrize("refused", ["watch", "multi", "exec", "getrange"])
+def test_a_command_that_an_acl_forbids_is_done_without(
+    own_server: PrivateServer, make: Any, refused: str
+) -> None:
+    with own_server.client() as admin:
+        admin.execute_command(f"ACL SETUSER bob on >pw ~* &* +@all -{refused}")
+        client = make(port=own_server.port, username="bob", password="pw")
+        values = [os.urandom(3_000_000) for _ in range(8)]
+        keys = [f"k{i}" for i in range(8)]
+        client.batch_tile_set(keys, values)
+        for _ in range(3):
+            got = [bytearray(3_000_000) for _ in keys]
+            assert client.batch_tile_get(keys, got, timeout=20) == [True] * 8
+            assert got == values
+        admin.config_resetstat()
+        assert client.batch_tile_get(keys, got, timeout=20) == [True] * 8
+        assert calls(admin, "get") == 8  # noticed: nothing else is tried any more
+
+
+def test_ranges_can_be_switched_off(
+    make: Any, endpoint: Endpoint, plain: redis.Redis
+) -> None:
+    client = make(**endpoint.kwargs, tile_range_bytes=0)
+    client.batch_tile_set(["k"], [b"x" * SIZE])
+    plain.config_resetstat()
+    got = bytearray(SIZE)
+    assert client.batch_tile_get(["k"], [got]) == [True]
+    assert got == b"x" * SIZE
+    assert calls(plain, "get") == 1
+
+
+def test_connections_killed_between_ranges_change_no_answer(
+    own_server: PrivateServer, make: Any
+) -> None:
+    retry = redis.retry.Retry(redis.backoff.NoBackoff(), 100)
+    client = make(port=own_server.port, retry=retry)
+    values = [os.urandom(SIZE) for _ in range(6)]
+    keys = [f"k{i}" for i in range(6)]
+    client.batch_tile_set(keys, values)
+    stop = threading.Event()
+
+    def kill() -> None:
+        with own_server.client() as admin:
+            while not stop.wait(0.003):
+                admin.client_kill_filter(_type="normal", skipme=True)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        for round_ in range(20):
+            got = [bytearray(SIZE) for _ in keys]
+            hits = client.batch_tile_get(keys, got, immutable=round_ % 2 == 0)
+            assert hits == [True] * 6
+            assert got == values
+    finally:
+        stop.set()
+        killer.join()
