@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,10 +20,15 @@ from typing import Any
 from redis.exceptions import ConnectionError
 
 from fastkv import commands
-from fastkv._core import Batch, Code, CompletionQueue, Engine, RetryPolicy
+from fastkv._core import Batch, Code, Command, CompletionQueue, Engine, RetryPolicy
 from fastkv.connector import Connector, Pool, check_supported, policy_of, retry_of
 from fastkv.errors import error_of_code
 from fastkv.options import TileOptions
+
+try:
+    from redis.observability.recorder import record_operation_duration
+except ImportError:  # redis-py before 7.2
+    record_operation_duration = None  # type: ignore[assignment]
 
 # Requests that a connection may have in flight: enough to hide a round trip of lookups.
 _WINDOW_REQUESTS = 1024
@@ -127,18 +133,20 @@ class Node:
         seconds = commands.check_timeout(timeout)
         if len(batch) == 0:
             return []
+        began = time.monotonic()
         code = self._block_on(batch, seconds)
         self._check_accepted(code, batch)
-        return self._finish(batch, seconds)
+        return self._finish(batch, seconds, began)
 
     def submit(self, batch: Batch, timeout: float | None, client: object) -> TileFuture:
         """Submit; a thread of this node completes the future. ``client`` stays
         alive.
         """
         seconds = commands.check_timeout(timeout)
+        began = time.monotonic()
 
         def finish(_client: object = client) -> list[bool]:
-            return self._finish(batch, seconds)
+            return self._finish(batch, seconds, began)
 
         future = TileFuture(finish, partial(self._engine.cancel, batch))
         if len(batch) == 0:
@@ -162,6 +170,7 @@ class Node:
         seconds = commands.check_timeout(timeout)
         if len(batch) == 0:
             return []
+        began = time.monotonic()
         loop = asyncio.get_running_loop()
         queue = self._queue_of(loop)
         batch.waiter = loop.create_future()
@@ -185,7 +194,7 @@ class Node:
                 except asyncio.CancelledError:
                     pass
             raise
-        return self._finish(batch, seconds)
+        return self._finish(batch, seconds, began)
 
     # --- life
     # ---------------------------------------------------------------------------
@@ -288,10 +297,31 @@ class Node:
             batch.waiter = None  # a cycle that would keep the memory pinned
             raise error_of_code(code, "", len(batch), 0)
 
-    def _finish(self, batch: Batch, seconds: float) -> list[bool]:
+    def _finish(self, batch: Batch, seconds: float, began: float) -> list[bool]:
         if batch.code == Code.INTERNAL_ERROR:
             self._broken = True
-        return commands.finish(batch, seconds, self._connector.fresh_error)
+        try:
+            result = commands.finish(batch, seconds, self._connector.fresh_error)
+        except Exception as error:
+            self._record(batch, began, error)
+            raise
+        self._record(batch, began, None)
+        return result
+
+    def _record(self, batch: Batch, began: float, error: Exception | None) -> None:
+        """Tell redis-py's OpenTelemetry hooks; they do nothing unless switched on."""
+        pool = self.pool()
+        if record_operation_duration is None or pool is None:
+            return
+        kwargs = pool.connection_kwargs
+        record_operation_duration(
+            command_name=Command(batch.command).name,
+            duration_seconds=time.monotonic() - began,
+            server_address=kwargs.get("host") or kwargs.get("path"),
+            server_port=kwargs.get("port"),
+            db_namespace=str(kwargs.get("db", 0)),
+            error=error,
+        )
 
     def _queue_of(self, loop: asyncio.AbstractEventLoop) -> CompletionQueue:
         for known in self._loops:

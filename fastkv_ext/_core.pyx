@@ -114,6 +114,7 @@ cdef class Batch:
     cdef Py_ssize_t view_count
     cdef Py_ssize_t view_room
     cdef readonly unsigned long long id
+    cdef readonly int command
     cdef readonly bint drained
     cdef readonly object keys
     cdef public object waiter
@@ -129,6 +130,7 @@ cdef class Batch:
         _last_id += 1
         self.id = _last_id
         self.keys = keys
+        self.command = command
         self.valued = command == <int>CppCommand.get or command == <int>CppCommand.set
         self.cpp = make_shared[CppBatch](<CppCommand>command)
         cdef CppBatch* batch = self.cpp.get()
