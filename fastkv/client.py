@@ -35,10 +35,9 @@ class Redis(redis.Redis):
         tile_connections: Connections that carry values; one more carries lookups only.
             Default: 4, or ``tile_workers`` if that is more.
         tile_window_bytes: Value bytes that one connection may have asked for and not
-        yet
-            read, or still has to send; raise it if ``tile_connections *
-            tile_window_bytes`` is less than bandwidth times round-trip time. Default:
-            4 MiB.
+            yet read, or still has to send; raise it if ``tile_connections *
+            tile_window_bytes`` is less than bandwidth times round-trip time. Default: 4
+            MiB.
         tile_range_bytes: A value of more than twice this is read in ranges of this,
             which spares the server building it in one piece; 0: every value is read
             whole. Default: 1 MiB.
@@ -66,6 +65,13 @@ class Redis(redis.Redis):
         client = super().from_url(url, **kwargs)
         assert isinstance(client, cls)
         client._tile_options = options
+        return client
+
+    @classmethod
+    def from_pool(cls, connection_pool: redis.ConnectionPool) -> Self:
+        """As redis-py's: the client closes the pool when it is closed."""
+        client = super().from_pool(connection_pool)
+        assert isinstance(client, cls)
         return client
 
     def client(self) -> Self:
@@ -101,8 +107,7 @@ class Redis(redis.Redis):
             node = self._tile_node = node_of(self, self._tile_options)
         return node
 
-    # --- blocking
-    # -----------------------------------------------------------------------
+    # --- blocking --------------------------------------------------------------------
 
     def batch_tile_get(
         self,
@@ -122,13 +127,12 @@ class Redis(redis.Redis):
             buffers: ``n`` writable C-contiguous buffers (bytearray, memoryview, numpy
                 array, CPU torch tensor of any element type), or one array of shape
                 ``(n, ...)``. A tuple of buffers is filled in order. Each value must
-                have exactly its buffer's length in bytes.
+                have exactly its buffer's length in bytes. No two may overlap.
             immutable: The caller promises that no value changes while it is read, as
                 with content-hash keys. Without it, what was read in ranges is checked
                 to be of one version, and read again if it was not.
             timeout: Seconds for the whole batch. Default: no limit, but
-            ``socket_timeout``
-                for each stall of a connection.
+                ``socket_timeout`` for each stall of a connection.
 
         Returns:
             One bool a key: ``False`` if the key does not exist (its buffer's content is
@@ -136,14 +140,11 @@ class Redis(redis.Redis):
 
         Raises:
             fastkv.TileError: A value had another length, or the server refused a key.
-            All
-                other keys were still read.
+                All other keys were still read.
             redis.exceptions.TimeoutError: Not complete in time. No buffer is written
-            any
-                more.
+                any more.
             redis.exceptions.ConnectionError: The server could not be reached, or was
-            lost
-                more often than the client's ``retry`` allows.
+                lost more often than the client's ``retry`` allows.
             TypeError, ValueError: A buffer cannot be used; nothing was sent.
         """
         batch = commands.get(self.get_encoder(), keys, buffers, immutable)
@@ -206,8 +207,7 @@ class Redis(redis.Redis):
         batch = commands.delete(self.get_encoder(), keys)
         return self._node().run(batch, timeout)
 
-    # --- futures
-    # ------------------------------------------------------------------------
+    # --- futures ---------------------------------------------------------------------
 
     def submit_batch_tile_get(
         self,

@@ -17,7 +17,7 @@ from redis.typing import KeyT
 
 from fastkv._core import Batch, Code, Command
 from fastkv.buffers import Buffers, pin
-from fastkv.errors import TileError, ValueSizeError, error_of_code, error_of_reply
+from fastkv.errors import error_of_code, error_of_reply, size_error, tile_error
 
 if TYPE_CHECKING:
     from redis._parsers.encoders import Encoder as EncoderT
@@ -110,15 +110,13 @@ def finish(
     hits = batch.hits()
     errors: dict[int, RedisError] = {}
     for index, expected, actual, line in batch.failures():
-        error = (
-            ValueSizeError(expected, actual) if line is None else error_of_reply(line)
-        )
+        error = size_error(expected, actual) if line is None else error_of_reply(line)
         # LOADING, NOAUTH: no answer about a key, though it came as one.
         if isinstance(error, ConnectionError):
             raise error
         errors[index] = error
     if errors:
-        raise TileError(batch.keys, hits, errors)
+        raise tile_error(batch.keys, hits, errors)
     return hits
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from redis._parsers.base import BaseParser
 from redis.exceptions import (
@@ -23,11 +23,9 @@ class ValueSizeError(RedisError):
         actual: Bytes in the value.
     """
 
-    def __init__(self, expected: int, actual: int) -> None:
-        super().__init__(
-            f"expected a value of {expected} bytes, the buffer's length; "
-            f"the server has {actual} bytes"
-        )
+    # The message alone makes one: pickle and copy do so, and set the attributes then.
+    def __init__(self, message: str, expected: int = 0, actual: int = 0) -> None:
+        super().__init__(message)
         self.expected = expected
         self.actual = actual
 
@@ -49,19 +47,36 @@ class TileError(RedisError):
 
     def __init__(
         self,
-        keys: Sequence[object],
-        hits: Sequence[bool],
-        errors: dict[int, RedisError],
+        message: str,
+        outcomes: Sequence[bool | RedisError] = (),
+        errors: Mapping[int, RedisError] | None = None,
     ) -> None:
-        index, first = next(iter(errors.items()))
-        super().__init__(
-            f"{len(errors)} of {len(keys)} keys failed; the first is {keys[index]!r}: "
-            f"{first}"
-        )
-        self.errors = errors
-        self.outcomes: list[bool | RedisError] = [
-            errors.get(i, hit) for i, hit in enumerate(hits)
-        ]
+        super().__init__(message)
+        self.outcomes = list(outcomes)
+        self.errors = dict(errors or {})
+
+
+def size_error(expected: int, actual: int) -> ValueSizeError:
+    """For a value of ``actual`` bytes and a buffer of ``expected``."""
+    return ValueSizeError(
+        f"expected a value of {expected} bytes, the buffer's length; "
+        f"the server has {actual} bytes",
+        expected,
+        actual,
+    )
+
+
+def tile_error(
+    keys: Sequence[object], hits: Sequence[bool], errors: dict[int, RedisError]
+) -> TileError:
+    """For a batch with some ``errors``, by index of their keys."""
+    index, first = next(iter(errors.items()))
+    return TileError(
+        f"{len(errors)} of {len(keys)} keys failed; the first is {keys[index]!r}: "
+        f"{first}",
+        [errors.get(i, hit) for i, hit in enumerate(hits)],
+        errors,
+    )
 
 
 def error_of_reply(line: str) -> RedisError:

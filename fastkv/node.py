@@ -125,8 +125,7 @@ class Node:
         """Whether new batches are taken."""
         return not (self.closed or self._broken)
 
-    # --- the three ways to wait
-    # ---------------------------------------------------------
+    # --- the three ways to wait ------------------------------------------------------
 
     def run(self, batch: Batch, timeout: float | None) -> list[bool]:
         """Submit and block. Signal handlers run meanwhile, and may raise."""
@@ -196,8 +195,7 @@ class Node:
             raise
         return self._finish(batch, seconds, began)
 
-    # --- life
-    # ---------------------------------------------------------------------------
+    # --- life ------------------------------------------------------------------------
 
     def retire_connections(self) -> None:
         """Let every connection end once it is idle; the next batch opens new ones."""
@@ -253,8 +251,7 @@ class Node:
         self._loops.clear()
         self._futures = None
 
-    # --- details
-    # ------------------------------------------------------------------------
+    # --- details ---------------------------------------------------------------------
 
     def _check_used(self) -> None:
         # Before the first user comes, nobody wakes the connector.

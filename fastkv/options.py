@@ -15,8 +15,7 @@ class TileOptions:
     Attributes:
         workers: Native threads. Default: half the cores, 4 at most.
         connections: Connections that carry values; one more carries lookups. Default:
-        4,
-            or as many as there are workers. All together never more than the pool's
+            4, or as many as there are workers. All together never more than the pool's
             `max_connections`.
         window_bytes: Value bytes that a connection may have asked for and not yet read,
             or still has to send. Default: 4 MiB.

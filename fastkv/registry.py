@@ -96,8 +96,7 @@ def _unwatch(pool: Pool) -> None:
         pool.__dict__.pop(name, None)
 
 
-# --- fork
-# --------------------------------------------------------------------------------
+# --- fork ----------------------------------------------------------------------------
 
 _fork_lock = threading.Lock()  # two threads may fork at once
 _forking: list[Node] = []

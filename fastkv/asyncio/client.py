@@ -50,6 +50,13 @@ class Redis(redis.asyncio.Redis):
         client._tile_options = options
         return client
 
+    @classmethod
+    def from_pool(cls, connection_pool: redis.asyncio.ConnectionPool) -> Self:
+        """As redis-py's: the client closes the pool when it is closed."""
+        client = super().from_pool(connection_pool)
+        assert isinstance(client, cls)
+        return client
+
     def client(self) -> Self:
         client = super().client()
         assert isinstance(client, type(self))

@@ -10,6 +10,8 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
+from fastkv._version import __version__
+
 if TYPE_CHECKING:
     import typer
 
@@ -18,6 +20,9 @@ _EXTRA = ("numpy", "rich", "typer")
 
 def main() -> None:
     """Run the command line; the entry point of the `fastkv` script."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"fastkv {__version__}")
+        return
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"fastkv needs {', '.join(missing)}: pip install 'fastkv[cli]'")
@@ -30,7 +35,6 @@ def main() -> None:
 def _app() -> typer.Typer:
     import typer
 
-    from fastkv._version import __version__
     from fastkv.cli.demo import demo
 
     app = typer.Typer(

@@ -34,7 +34,7 @@ _EXPIRE_SECONDS = 3600  # a demo that is killed leaves nothing behind for longer
 # For redis-py. Its set() makes an int of it, and if Ctrl-C comes while hiredis (3.5)
 # packs an int into a command, the process crashes.
 _EXPIRE = ("EX", str(_EXPIRE_SECONDS))
-TRANSPORTS = {"redis": "TCP", "rediss": "TLS", "unix": "unix"}
+TRANSPORTS = {"redis": "TCP", "unix": "unix"}
 
 Memory: TypeAlias = npt.NDArray[np.uint8]
 

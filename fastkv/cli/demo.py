@@ -102,7 +102,10 @@ def _checked(url: str) -> str:
             return url
     except (TypeError, ValueError):
         pass  # their text may hold a piece of a password
-    raise Failure("--url: expected redis://[[user]:password@]host[:port][/database]")
+    raise Failure(
+        "--url: expected redis://[[user]:password@]host[:port][/database] or "
+        "unix://[[user]:password@]/path, with tile_* options as in the README"
+    )
 
 
 def _compare(urls: Sequence[str], tokens: int, rounds: int) -> None:

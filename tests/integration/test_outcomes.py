@@ -4,6 +4,8 @@ right.
 
 from __future__ import annotations
 
+import copy
+import pickle
 import time
 from typing import Any
 
@@ -51,6 +53,12 @@ def test_each_kind_of_outcome_is_a_keys_own(
         "60 of 100 keys failed; the first is 'short': expected a value of 5 bytes"
         in str(caught.value)
     )
+    # Errors cross processes, as those of redis-py do.
+    for twin in (pickle.loads(pickle.dumps(caught.value)), copy.copy(caught.value)):
+        assert str(twin) == str(caught.value)
+        assert repr(twin.outcomes) == repr(caught.value.outcomes)
+        assert twin.outcomes[2].actual == 4
+        assert twin.errors.keys() == caught.value.errors.keys()
     connections = {c["id"] for c in plain.client_list()}
     assert client.batch_tile_get(["hit"] * 50, got[:50]) == [True] * 50
     # None was lost; more may have been made meanwhile.
