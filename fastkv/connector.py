@@ -316,6 +316,8 @@ class Connector:
                 # A backoff of the user's that raises, say. Nobody may wait for ever.
                 attempts = self._give_up(attempts, newest, error)
             del pool  # do not keep it alive while waiting
+            if self._closing:
+                return
 
     def _try(
         self,

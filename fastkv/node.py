@@ -73,8 +73,13 @@ class TileFuture(Future[list[bool]]):
             self._finish = self._cancel = _nothing  # they held the node, and the client
 
     def _forked(self) -> None:
-        # The thread that held the old one, if any, does not exist here.
+        # The thread that held the old one, if any, does not exist here. Nor do the
+        # threads and loops that callbacks and waiters belong to, and locks of theirs
+        # may be held.
         self._condition = threading.Condition()
+        self.__dict__["_done_callbacks"] = []
+        self.__dict__["_waiters"] = []
+        self._finish = self._cancel = _nothing
         if not self.done():
             self.set_exception(
                 ConnectionError("The batch was submitted before a fork, in the parent.")
@@ -117,8 +122,11 @@ class Node:
         self._connector = Connector(
             self._engine, pool, self._running_loop, self._check_used
         )
-        # When the pool is gone, and at exit; nothing of ours keeps the pool alive.
-        self._finalizer = weakref.finalize(pool, self.close)
+        # Nothing of ours keeps the pool alive. When it is gone no client is left, and
+        # the connector ends us: whatever thread collects the garbage must not join
+        # others.
+        self._finalizer = weakref.finalize(pool, self._engine.wake_connector)
+        self._finalizer.atexit = False
 
     @property
     def usable(self) -> bool:
@@ -239,7 +247,10 @@ class Node:
         self.closed = True
         self._finalizer.detach()
         self._lock = threading.RLock()
-        for batch in self._engine.after_fork_in_child():
+        batches = self._engine.after_fork_in_child()
+        if self._futures is not None:
+            batches += self._futures.drained
+        for batch in batches:
             if isinstance(batch.waiter, TileFuture):
                 batch.waiter._forked()
         queues = [*self._idle, *(loop.queue for loop in self._loops)]
@@ -377,6 +388,7 @@ class _FutureThread:
 
     def __init__(self, engine: Engine) -> None:
         self.queue = CompletionQueue()
+        self.drained: list[Batch] = []  # and not resolved yet
         self._engine = engine
         self._closing = False
         self._thread = threading.Thread(
@@ -400,7 +412,8 @@ class _FutureThread:
         self.queue.close()
 
     def _drain(self) -> None:
-        for batch in self._engine.drain(self.queue):
+        self.drained = self._engine.drain(self.queue)
+        for batch in self.drained:
             try:
                 batch.waiter._drained()
             except (
@@ -408,6 +421,7 @@ class _FutureThread:
             ):  # SystemExit in a callback; others must not wait for it
                 _logger.exception("a callback of a future has raised")
             batch.waiter = None
+        self.drained = []
 
 
 def _drain_in_loop(engine: Engine, queue: CompletionQueue) -> None:

@@ -4,6 +4,7 @@ pool to the close of its last client; and what happens to all of them at a fork.
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import weakref
@@ -28,9 +29,11 @@ def node_of(client: Any, options: TileOptions) -> Node:
         UnsupportedConnection: See `fastkv.connector.check_supported`.
     """
     pool = client.connection_pool
+    broken = None
     with _lock:
         node = _nodes.get(pool)
         if node is None or not node.usable:
+            broken = node
             node = _nodes[pool] = Node(pool, options, _close_unused)
             _watch(pool, node)
         elif options not in (TileOptions(), node.options):
@@ -39,7 +42,9 @@ def node_of(client: Any, options: TileOptions) -> Node:
                 f"this client has {options}"
             )
         node.users.add(client)
-        return node
+    if broken is not None:
+        broken.close()
+    return node
 
 
 def leave_node(client: Any, node: Node) -> None:
@@ -96,7 +101,7 @@ def _unwatch(pool: Pool) -> None:
         pool.__dict__.pop(name, None)
 
 
-# --- fork ----------------------------------------------------------------------------
+# --- fork and exit -------------------------------------------------------------------
 
 _fork_lock = threading.Lock()  # two threads may fork at once
 _forking: list[Node] = []
@@ -123,12 +128,20 @@ def _after_fork_in_child() -> None:
     _lock = threading.RLock()
     _forking.clear()
     # All, not only those of _before_fork: a fork in C does not call that.
-    for pool, node in list(_nodes.items()):
+    nodes = list(_nodes.items())
+    _nodes.clear()
+    for pool, node in nodes:
         _unwatch(pool)
         node.after_fork_in_child()
-    _nodes.clear()
 
 
+def _close_all() -> None:
+    for node in list(_nodes.values()):
+        node.close()
+
+
+# A worker must not run into the end of the interpreter.
+atexit.register(_close_all)
 os.register_at_fork(
     before=_before_fork,
     after_in_parent=_after_fork_in_parent,

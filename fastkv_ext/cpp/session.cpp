@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace fastkv {
 namespace {
@@ -38,7 +39,11 @@ void Session::push(const Operation& operation) {
     ranged_.push_back({.operation = operation,
                        .value_bytes = total_bytes(operation.value),
                        .first_byte = queued_});
-    if (operation.snapshot) push_step(ranged_.back(), Command::watch);
+    if (operation.snapshot) {
+      // A second WATCH of a key is ignored: one that was left would stand for ours.
+      if (std::exchange(unwatch_due_, false)) push({.command = Command::unwatch});
+      push_step(ranged_.back(), Command::watch);
+    }
     return;
   }
   Waiting waiting{.ticket = operation.ticket,
@@ -62,6 +67,10 @@ void Session::push(const Operation& operation) {
       append_bulk(heads_, operation.key);
       break;
     case Command::ping: heads_.append("*1\r\n$4\r\nPING\r\n"); break;
+    case Command::unwatch:
+      heads_.append("*1\r\n$7\r\nUNWATCH\r\n");
+      waiting.abandoned = true;  // nobody waits for it
+      break;
     case Command::watch:
     case Command::range:
     case Command::multi:
@@ -210,6 +219,7 @@ std::size_t Session::head_target() const noexcept {
   for (std::size_t i = reading_ == Reading::head ? 0 : 1; i < waiting_.size(); ++i) {
     const Waiting& waiting = waiting_[i];
     switch (waiting.command) {
+      case Command::unwatch:
       case Command::watch:
       case Command::multi: bytes += 5; break;  // +OK
       case Command::exec: bytes += 4; break;   // *0
@@ -396,7 +406,8 @@ Status Session::take_head(const ReplyHead& head) {
       complete(head.value > 0 ? Outcome::hit : Outcome::miss);
       return {};
     case Command::ping:
-      if (head.type != Type::simple) return protocol_error("PING was not answered by PONG");
+    case Command::unwatch:
+      if (head.type != Type::simple) return protocol_error("no simple string where one was due");
       complete(Outcome::hit);
       return {};
     case Command::watch:
@@ -417,11 +428,13 @@ Status Session::take_step(const ReplyHead& head) {
     if (head.text.starts_with("ERR") || head.text.find("to run the") != std::string_view::npos) {
       ranges_refused_ = true;
     }
-    std::string text(head.text);
+    if (command == Command::multi) front.ranged->multi_refused = true;
+    // After a MULTI that was not, the server would go on to queue what we send.
+    const bool in_multi = command == Command::exec && !front.ranged->multi_refused;
+    Status status;
+    if (in_multi) status = {Code::closed, std::string(head.text)};
     complete_step(false);
-    // The server may go on to queue what we send.
-    if (command == Command::exec) return {Code::connection_lost, std::move(text)};
-    return {};
+    return status;
   }
   switch (command) {
     case Command::range:
@@ -515,7 +528,7 @@ Session::Abandoned Session::abandon(const void* owner) noexcept {
   }
   for (Ranged& ranged : ranged_) {
     if (ranged.abandoned || ranged.operation.ticket.owner != owner) continue;
-    // What it had WATCHed is forgotten at the next EXEC, which may be torn in vain.
+    if (!ranged.asked && ranged.operation.snapshot) unwatch_due_ = true;
     ranged.abandoned = ranged.asked = true;
     ++result.released;
   }
@@ -534,6 +547,7 @@ std::vector<Session::Lost> Session::reset() {
   }
   waiting_.clear();
   ranged_.clear();
+  unwatch_due_ = false;
   completed_.clear();
   heads_.clear();
   pieces_.clear();

@@ -40,6 +40,7 @@ enum class Command : std::uint8_t {
   unlink,
   ping,
   // Steps of a GET in ranges.
+  unwatch,
   watch,
   range,
   multi,
@@ -98,7 +99,7 @@ class Session {
 
   // Where the next bytes must land; commit_read says how many came. A failure means that the peer
   // does not speak our protocol, or will not read what we send: the connection must be dropped,
-  // after completed() was looked at.
+  // after completed() was looked at. Code::closed: so it must, but nothing was the matter with it.
   std::span<const iovec> prepare_read() noexcept;
   Status commit_read(std::size_t bytes);
 
@@ -138,6 +139,7 @@ class Session {
     std::size_t segment_at = 0;
     std::size_t unanswered = 0;  // steps pushed and not answered
     bool asked = false;          // no more steps follow
+    bool multi_refused = false;  // then EXEC is, too, and no transaction is open
     bool misfit = false;
     bool torn = false;
     bool abandoned = false;
@@ -179,6 +181,7 @@ class Session {
   std::deque<Waiting> waiting_;
   std::deque<Ranged> ranged_;  // elements do not move
   bool ranges_refused_ = false;
+  bool unwatch_due_ = false;  // a WATCH was left without its EXEC
   std::vector<Completed> completed_;
 
   // Sending.

@@ -161,7 +161,7 @@ void Worker::receive(Lane& lane) {
     const Status status = lane.session.commit_read(moved.bytes);
     settle(lane);
     if (!lane.stream) return;  // a reply said that the connection must go
-    if (!status.ok()) return lose(lane, status, true);
+    if (!status.ok()) return lose(lane, status, status.code != Code::closed);
     // A short read emptied the socket; the next would only say EAGAIN. So would one after the
     // last reply.
     if (moved.bytes < room || lane.session.requests() == 0) return;
@@ -264,8 +264,9 @@ std::size_t Worker::feed(Lane& lane) {
                        window_.bytes - session.outstanding_bytes());
     if (carried_.count == 0) break;
     fed += carried_.count;
-    for (; carried_.count > 0; --carried_.count) {
+    while (carried_.count > 0) {
       Operation operation = carried_.batch->operation(carried_.first++);
+      --carried_.count;
       if (session.ranges_refused()) operation.range_bytes = 0;
       session.push(operation);
       session.pump(window_.bytes);

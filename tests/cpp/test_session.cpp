@@ -493,15 +493,52 @@ TEST(a_value_in_ranges_of_another_length_or_none_is_a_misfit) {
 }
 
 TEST(an_exec_that_answers_nil_says_that_the_value_is_torn) {
+  for (const std::string nil : {"*-1\r\n", "$-1\r\n"}) {
+    Session session;
+    Memory memory(30'000);
+    session.push(in_ranges(memory, true));
+    session.pump(1 << 20);
+    auto replies = replies_to(sent(session), std::string(30'000, 'x'));
+    CHECK(replies.back() == "*0\r\n");
+    replies.back() = nil;
+    for (const std::string& reply : replies) CHECK(feed(session, reply).ok());
+    CHECK(completed(session)[0].outcome == Outcome::torn);
+  }
+}
+
+TEST(a_multi_that_is_refused_leaves_no_transaction_open) {
   Session session;
   Memory memory(30'000);
   session.push(in_ranges(memory, true));
   session.pump(1 << 20);
   auto replies = replies_to(sent(session), std::string(30'000, 'x'));
-  CHECK(replies.back() == "*0\r\n");
-  replies.back() = "*-1\r\n";
+  replies[4] = "-NOPERM to run the 'multi' command\r\n";
+  replies[5] = "-ERR EXEC without MULTI\r\n";
   for (const std::string& reply : replies) CHECK(feed(session, reply).ok());
-  CHECK(completed(session)[0].outcome == Outcome::torn);
+  CHECK(completed(session)[0].outcome == Outcome::misfit);
+}
+
+TEST(a_watch_that_was_left_is_undone_before_the_next) {
+  Session session;
+  Memory first(50'000);
+  Memory second(30'000);
+  session.push(in_ranges(first, true));
+  session.pump(25'000);
+  const auto left = replies_to(sent(session), std::string(50'000, 'x'));
+  session.abandon(&owner_a);
+  session.push(in_ranges(second, true, &owner_b));
+  session.pump(1 << 20);
+  const std::string requests = sent(session);
+  CHECK(requests.starts_with("*1\r\n$7\r\nUNWATCH\r\n*2\r\n$5\r\nWATCH\r\n"));
+  for (const std::string& reply : left) CHECK(feed(session, reply).ok());
+  CHECK(feed(session, "+OK\r\n").ok());
+  const std::string rest = requests.substr(std::string_view("*1\r\n$7\r\nUNWATCH\r\n").size());
+  for (const std::string& reply : replies_to(rest, std::string(30'000, 'y'))) {
+    CHECK(feed(session, reply).ok());
+  }
+  const auto done = completed(session);
+  CHECK(done.size() == 1 && done[0].outcome == Outcome::hit);
+  CHECK(second.text() == std::string(30'000, 'y'));
 }
 
 TEST(a_refused_step_is_a_misfit_and_remembered) {

@@ -241,6 +241,9 @@ def test_attempts_are_as_far_apart_as_redis_py_makes_them(
         peer.expect("GET", "b").close()
         with pytest.raises(redis.exceptions.TimeoutError):
             client.batch_tile_get(["b"], [bytearray(3)], timeout=0.05)
+        time.sleep(0.15)  # past the time of the next attempt, which must not come
+        peer.expect("EXISTS", "c").reply(b":1\r\n")
+        assert client.batch_tile_exists(["c"]) == [True]
 
 
 def test_errors_that_the_user_wants_retried_are_retried(make: Any) -> None:

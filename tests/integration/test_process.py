@@ -132,6 +132,38 @@ def test_a_future_from_before_a_fork_fails_in_the_child(make: Any) -> None:
             memory.append(1)
 
 
+def test_a_fork_while_futures_are_resolved_leaves_none_pending(
+    client: fastkv.Redis,
+) -> None:
+    lock = threading.Lock()
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        inside.set()
+        go_on.wait(10)
+
+    def take(_: object) -> None:
+        with lock:  # held at the fork, by a thread that the child does not have
+            pass
+
+    first = client.submit_batch_tile_exists(["a"])
+    first.add_done_callback(hold)
+    later = [client.submit_batch_tile_exists(["a"]) for _ in range(20)]
+    for future in later:
+        future.add_done_callback(take)
+    assert inside.wait(5)
+
+    def work() -> None:
+        for future in later:
+            error = future.exception(5)  # unless it was resolved before
+            assert error is None or "before a fork" in str(error)
+
+    with lock:
+        in_child(work)
+    go_on.set()
+    assert [future.result(5) for future in later] == [[False]] * 20
+
+
 def _in_worker(arguments: tuple[dict[str, Any], str]) -> list[bool]:
     kwargs, key = arguments
     return fastkv.Redis(**kwargs).batch_tile_exists([key, "no"])

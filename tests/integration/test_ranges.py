@@ -129,13 +129,15 @@ def test_a_value_that_changes_all_the_time_is_never_a_mix(
         assert hits == 40  # it is read, however often it changes
 
 
+@pytest.mark.parametrize("retries", [0, 3])
 @pytest.mark.parametrize("refused", ["watch", "multi", "exec", "getrange"])
 def test_a_command_that_an_acl_forbids_is_done_without(
-    own_server: PrivateServer, make: Any, refused: str
+    own_server: PrivateServer, make: Any, refused: str, retries: int
 ) -> None:
     with own_server.client() as admin:
         admin.execute_command(f"ACL SETUSER bob on >pw ~* &* +@all -{refused}")
-        client = make(port=own_server.port, username="bob", password="pw")
+        retry = redis.retry.Retry(redis.backoff.NoBackoff(), retries)
+        client = make(port=own_server.port, username="bob", password="pw", retry=retry)
         values = [os.urandom(3_000_000) for _ in range(8)]
         keys = [f"k{i}" for i in range(8)]
         client.batch_tile_set(keys, values)
@@ -146,6 +148,18 @@ def test_a_command_that_an_acl_forbids_is_done_without(
         admin.config_resetstat()
         assert client.batch_tile_get(keys, got, timeout=20) == [True] * 8
         assert calls(admin, "get") == 8  # noticed: nothing else is tried any more
+
+
+def test_several_large_values_share_one_connection(
+    make: Any, endpoint: Endpoint
+) -> None:
+    client = make(**endpoint.kwargs, max_connections=1, tile_window_bytes=1 << 20)
+    values = [os.urandom(SIZE + i) for i in range(4)]
+    keys = [f"k{i}" for i in range(4)]
+    client.batch_tile_set(keys, values)
+    got = [bytearray(len(value)) for value in values]
+    assert client.batch_tile_get(keys, got, timeout=20) == [True] * 4
+    assert got == values
 
 
 def test_ranges_can_be_switched_off(
