@@ -17,13 +17,10 @@ void Batch::add_set_option(std::string_view argument) {
 // UNLINK ranks with the stores: a bulk eviction must not delay a lookup.
 Priority Batch::priority() const noexcept {
   switch (command_) {
-    case Command::exists:
-    case Command::ping: return Priority::lookup;
+    case Command::exists: return Priority::lookup;
     case Command::get: return Priority::retrieve;
-    case Command::set:
-    case Command::unlink: break;
+    default: return Priority::store;
   }
-  return Priority::store;
 }
 
 std::string_view Batch::key(std::size_t index) const noexcept {
