@@ -36,7 +36,7 @@ class Redis(redis.Redis):
             Default: 4, or ``tile_workers`` if that is more.
         tile_window_bytes: Value bytes that one connection may have asked for and not
             yet read, or still has to send; raise it if ``tile_connections *
-            tile_window_bytes`` is less than bandwidth times round-trip time. Default: 4
+            tile_window_bytes`` is less than bandwidth times round-trip time. Default: 2
             MiB.
         tile_range_bytes: A value of more than twice this is read in ranges of this,
             which spares the server building it in one piece; 0: every value is read

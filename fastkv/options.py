@@ -18,7 +18,7 @@ class TileOptions:
             4, or as many as there are workers. All together never more than the pool's
             `max_connections`.
         window_bytes: Value bytes that a connection may have asked for and not yet read,
-            or still has to send. Default: 4 MiB.
+            or still has to send. Default: 2 MiB.
         range_bytes: A value of more than twice this is read in ranges of this; 0: every
             value is read whole. Default: 1 MiB.
     """
@@ -58,7 +58,7 @@ class TileOptions:
         return (
             min(workers, connections),
             connections,
-            self.window_bytes or 4 << 20,
+            self.window_bytes or 2 << 20,
             1 << 20 if self.range_bytes is None else self.range_bytes,
         )
 
