@@ -137,7 +137,6 @@ cdef extern from "engine.hpp" namespace "fastkv" nogil:
         void close() except +
         void close_fds() except +
         void retire_connections() except +
-        size_t batches() except +
         int connect_event() noexcept
         void wake_connector() noexcept
         vector[uint32_t] take_connect_requests() except +
