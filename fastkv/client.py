@@ -34,13 +34,13 @@ class Redis(redis.Redis):
         tile_workers: Native threads. Default: half the cores, 4 at most.
         tile_connections: Connections that carry values; one more carries lookups only.
             Default: 4, or ``tile_workers`` if that is more.
-        tile_window_bytes: Value bytes that one connection may have asked for and not
-            yet read, or still has to send; raise it if ``tile_connections *
-            tile_window_bytes`` is less than bandwidth times round-trip time. Default: 2
-            MiB.
-        tile_range_bytes: A value of more than twice this is read in ranges of this,
-            which spares the server building it in one piece; 0: every value is read
-            whole. Default: 1 MiB.
+        tile_window_bytes: Value bytes that may be on their way on one connection; raise
+            it if ``tile_connections * tile_window_bytes`` is less than bandwidth times
+            round-trip time. Default: 512 KiB, as more would leave the caches of server
+            and client.
+        tile_range_bytes: A value of half of this or more is read in ranges of this, by
+            several connections if they have nothing else to do; 0: every value is read
+            whole, which makes the server build it in one piece. Default: 512 KiB.
     """
 
     def __init__(

@@ -17,10 +17,10 @@ class TileOptions:
         connections: Connections that carry values; one more carries lookups. Default:
             4, or as many as there are workers. All together never more than the pool's
             `max_connections`.
-        window_bytes: Value bytes that a connection may have asked for and not yet read,
-            or still has to send. Default: 2 MiB.
-        range_bytes: A value of more than twice this is read in ranges of this; 0: every
-            value is read whole. Default: 1 MiB.
+        window_bytes: Value bytes that may be on their way on a connection. Default:
+            512 KiB.
+        range_bytes: A value of half of this or more is read in ranges of this; 0: every
+            value is read whole. Default: 512 KiB.
     """
 
     workers: int | None = None
@@ -58,8 +58,8 @@ class TileOptions:
         return (
             min(workers, connections),
             connections,
-            self.window_bytes or 2 << 20,
-            1 << 20 if self.range_bytes is None else self.range_bytes,
+            self.window_bytes or 512 << 10,
+            512 << 10 if self.range_bytes is None else self.range_bytes,
         )
 
 

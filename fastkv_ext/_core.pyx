@@ -397,7 +397,7 @@ cdef class Engine:
         connections: Connections over all threads. One carries lookups only, unless it is alone.
         window_bytes: Value bytes that a connection may have asked for and not yet read.
         window_requests: Requests that a connection may have in flight.
-        range_bytes: Values of more than twice this are read in ranges of this; 0: none is.
+        range_bytes: Values of half of this and more are read in ranges of this; 0: none is.
     """
 
     cdef CppEngine* cpp

@@ -38,7 +38,9 @@ std::uint64_t Batch::value_bytes(std::size_t index) const noexcept {
 }
 
 bool Batch::in_ranges(std::size_t index) const noexcept {
-  return range_bytes_ > 0 && range_failures_[index] < 2 && value_bytes(index) > 2 * range_bytes_;
+  if (range_bytes_ == 0 || range_failures_[index] >= 2) return false;
+  const std::uint64_t bytes = value_bytes(index);
+  return bytes >= range_bytes_ / 2 && bytes > RangedValue::kEndBytes;
 }
 
 void Batch::note_range_failure(std::uint32_t index, Outcome outcome) noexcept {
@@ -52,8 +54,9 @@ Operation Batch::operation(std::uint32_t index) noexcept {
     const std::size_t begin = index == 0 ? 0 : value_ends_[index - 1];
     operation.value = std::span(segments_).subspan(begin, value_ends_[index] - begin);
   }
-  if (in_ranges(index)) operation.range_bytes = range_bytes_;
-  operation.snapshot = !immutable_;
+  if (in_ranges(index)) {
+    operation.ranges = std::make_shared<RangedValue>(value_bytes(index), range_bytes_, !immutable_);
+  }
   operation.set_options = set_options_;
   operation.set_option_count = set_option_count_;
   return operation;

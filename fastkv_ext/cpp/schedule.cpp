@@ -130,6 +130,9 @@ void Schedule::abandon_batches(const Batches& batches, const Status& why) {
       dropped = batch->size() - batch->cursor_ + batch->again_.size();
       batch->cursor_ = batch->size();
       batch->again_.clear();
+      // Before the workers are told to let go: nobody may join afterwards.
+      std::erase_if(offers_, [&](const Offer& offer) { return offer.batch == batch.get(); });
+      offered_ = offers_.size();
       const auto priority = static_cast<std::size_t>(batch->priority());
       if (batch->queued_) std::erase(queues_[priority], batch.get());
       batch->queued_ = false;
@@ -234,12 +237,8 @@ Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
           std::min({max_requests, std::max<std::size_t>(share, 1), batch.size() - batch.cursor_});
       run.first = static_cast<std::uint32_t>(batch.cursor_);
       for (std::uint64_t bytes = 0; run.count < most && (run.count == 0 || bytes < max_bytes);) {
-        // In ranges it keeps its connection busy by itself.
-        const bool in_ranges = batch.in_ranges(run.first + run.count);
-        if (in_ranges && run.count > 0) break;
         bytes += batch.value_bytes(run.first + run.count);
         ++run.count;
-        if (in_ranges) break;
       }
       batch.cursor_ += run.count;
     }
@@ -251,6 +250,38 @@ Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
     return run;
   }
   return {};
+}
+
+void Schedule::offer(Batch& batch, std::uint32_t index,
+                     const std::shared_ptr<RangedValue>& ranges) {
+  std::lock_guard lock(mutex_);
+  if (batch.abandoned_) return;  // the worker is told next
+  // Nobody else may have come by to drop those that are through.
+  std::erase_if(offers_, [](const Offer& offer) { return offer.ranges.expired(); });
+  offers_.push_back({&batch, index, ranges});
+  offered_ = offers_.size();
+}
+
+void Schedule::wake_helpers() noexcept {
+  wake_sleepers(priority_bit(Priority::retrieve), 0, inboxes_.size());
+}
+
+bool Schedule::wants_help(PrioritySet priorities) const noexcept {
+  return offered_ > 0 && (priorities & priority_bit(Priority::retrieve)) != 0;
+}
+
+Schedule::Run Schedule::help(std::uint64_t generation) {
+  std::lock_guard lock(mutex_);
+  if (generation != generation_) return {};
+  Run run;
+  std::erase_if(offers_, [&](const Offer& offer) {
+    const auto ranges = offer.ranges.lock();
+    if (!ranges || ranges->exhausted()) return true;
+    if (!run.batch && ranges->join()) run = {offer.batch, offer.index, 1, ranges};
+    return false;
+  });
+  offered_ = offers_.size();
+  return run;
 }
 
 bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counted, Code why) {

@@ -77,7 +77,7 @@ class Inbox {
 
 class Schedule {
  public:
-  // Values of more than twice `range_bytes` are read in ranges; 0: none is.
+  // Values of half of `range_bytes` and more are read in ranges; 0: none is.
   Schedule(std::size_t workers, std::vector<PrioritySet> lane_priorities,
            std::uint64_t range_bytes);
 
@@ -110,12 +110,18 @@ class Schedule {
     Batch* batch = nullptr;  // stays alive until its operations are finished
     std::uint32_t first = 0;
     std::uint32_t count = 0;
+    std::shared_ptr<RangedValue> joined;  // the operation is to help with this; null: to begin
   };
   // At most a fair share of what is queued, so that the tail of a batch is spread over all lanes.
   // Nothing for a lane of an old generation.
   Run pull(PrioritySet priorities, std::uint64_t generation, std::size_t max_requests,
            std::uint64_t max_bytes);
   bool has_work(PrioritySet priorities) const noexcept;
+  // A large value that a connection has begun: idle ones may help(), once it is open.
+  void offer(Batch& batch, std::uint32_t index, const std::shared_ptr<RangedValue>& ranges);
+  void wake_helpers() noexcept;
+  bool wants_help(PrioritySet priorities) const noexcept;
+  Run help(std::uint64_t generation);
   // An operation that came back: queues it again if the batch's policy allows another attempt after
   // `why`. `sent`: the server may have seen it. `counted`: it uses up an attempt. If false, the
   // worker must answer or fail it.
@@ -176,12 +182,19 @@ class Schedule {
     std::uint32_t index = 0;
   };
   std::multimap<Clock::time_point, Delayed> delayed_;
+  struct Offer {
+    Batch* batch = nullptr;  // alive as long as somebody reads the value
+    std::uint32_t index = 0;
+    std::weak_ptr<RangedValue> ranges;
+  };
+  std::vector<Offer> offers_;
   std::vector<std::uint32_t> connect_requests_;
   std::vector<bool> connected_;  // by lane
 
   // Operations queued, by priority. Written under mutex_; read without it as a hint whether pull
   // is worth the lock (see Inbox::asleep).
   std::array<std::atomic<std::size_t>, kPriorities> queued_{};
+  std::atomic<std::size_t> offered_{0};  // offers_.size(), likewise
 };
 
 }  // namespace fastkv

@@ -35,14 +35,12 @@ void Session::end_inline(std::size_t begin) {
 }
 
 void Session::push(const Operation& operation) {
-  if (operation.command == Command::get && operation.range_bytes > 0) {
-    ranged_.push_back({.operation = operation,
-                       .value_bytes = total_bytes(operation.value),
-                       .first_byte = queued_});
-    if (operation.snapshot) {
+  if (operation.ranges) {
+    readers_.push_back({.operation = operation, .first_byte = queued_});
+    if (operation.ranges->snapshot()) {
       // A second WATCH of a key is ignored: one that was left would stand for ours.
       if (std::exchange(unwatch_due_, false)) push({.command = Command::unwatch});
-      push_step(ranged_.back(), Command::watch);
+      push_step(readers_.back(), Command::watch);
     }
     return;
   }
@@ -86,7 +84,7 @@ void Session::push(const Operation& operation) {
         pieces_.push_back({.external = segment.data, .size = segment.size});
         queued_ += segment.size;
       }
-      unsent_ += waiting.value_bytes;
+      unstored_ += waiting.value_bytes;
       begin = heads_.size();
       heads_.append("\r\n");
       heads_.append(operation.set_options);
@@ -98,72 +96,72 @@ void Session::push(const Operation& operation) {
 }
 
 void Session::pump(std::uint64_t window) {
-  while (pumping() && outstanding_bytes() < window) {
-    Ranged& ranged = ranged_.back();
-    // Once one range did not fit, the others are of no use.
-    if (!ranged.misfit) push_range(ranged);
-    if (!ranged.misfit && ranged.next < ranged.value_bytes) continue;
-    if (ranged.operation.snapshot) {
-      push_step(ranged, Command::multi);
-      push_step(ranged, Command::exec);
+  while (pumping()) {
+    Reader& reader = readers_.back();
+    RangedValue& ranges = *reader.operation.ranges;
+    if (!ranges.exhausted()) {
+      // See RangedValue: a helper claims nothing before its WATCH was answered.
+      if (reader.operation.helping && ranges.snapshot() && !reader.watched) return;
+      if (outstanding_bytes() >= window) return;
+      if (const auto range = ranges.claim()) {
+        push_range(reader, *range);
+        continue;
+      }
     }
-    ranged.asked = true;
-    complete_ranged();  // a misfit may have had its last answer
+    reader.asked = true;
+    if (ranges.snapshot() && (reader.reading || !reader.operation.helping)) {
+      push_step(reader, Command::multi);
+      push_step(reader, Command::exec);
+    } else if (!reader.reading) {  // came too late
+      unwatch_due_ |= ranges.snapshot();
+      retire(reader);
+    }
+    complete_readers();  // after a misfit its last answer may be there
   }
 }
 
-void Session::push_range(Ranged& ranged) {
-  push_step(ranged, Command::range,
-            std::min(ranged.operation.range_bytes, ranged.value_bytes - ranged.next));
-  Waiting& waiting = waiting_.back();
-  waiting.segment = ranged.segment;
-  waiting.segment_at = ranged.segment_at;
-  unread_ += waiting.value_bytes;
-  ranged.next += waiting.value_bytes;
-  const auto& value = ranged.operation.value;
-  for (std::uint64_t left = waiting.value_bytes; left > 0;) {
-    const std::size_t part =
-        std::min<std::uint64_t>(left, value[ranged.segment].size - ranged.segment_at);
-    left -= part;
-    ranged.segment_at += part;
-    if (ranged.segment_at == value[ranged.segment].size) {
-      ++ranged.segment;
-      ranged.segment_at = 0;
-    }
+void Session::push_range(Reader& reader, const RangedValue::Range& range) {
+  Waiting& waiting = push_step(reader, Command::range, range);
+  reader.reading = true;
+  unread_ += range.bytes;
+  std::uint64_t left = range.first;
+  while (left > 0 && left >= waiting.value[waiting.segment].size) {
+    left -= waiting.value[waiting.segment++].size;
   }
+  waiting.segment_at = left;
 }
 
-void Session::push_step(Ranged& ranged, Command command, std::uint64_t bytes) {
+Session::Waiting& Session::push_step(Reader& reader, Command command,
+                                     const RangedValue::Range& range) {
   const std::size_t begin = heads_.size();
-  const std::string_view key = ranged.operation.key;
+  const std::string_view key = reader.operation.key;
   switch (command) {
     case Command::watch:
       heads_.append("*2\r\n$5\r\nWATCH\r\n");
       append_bulk(heads_, key);
       break;
-    case Command::range: {
+    case Command::range:
       heads_.append("*4\r\n$8\r\nGETRANGE\r\n");
       append_bulk(heads_, key);
-      append_bulk(heads_, std::to_string(ranged.next));
-      // The end is inclusive; the last range asks for one byte more, to notice a longer value.
-      const bool last = ranged.next + bytes == ranged.value_bytes;
-      append_bulk(heads_, std::to_string(ranged.next + bytes - (last ? 0 : 1)));
+      append_bulk(heads_, std::to_string(range.first));
+      // The end is inclusive; to notice a longer value, the last range asks for one byte more.
+      append_bulk(heads_, std::to_string(range.first + range.bytes - (range.to_end ? 0 : 1)));
       break;
-    }
     case Command::multi: heads_.append("*1\r\n$5\r\nMULTI\r\n"); break;
     default: heads_.append("*1\r\n$4\r\nEXEC\r\n"); break;
   }
-  Waiting waiting{.ticket = ranged.operation.ticket,
+  Waiting waiting{.ticket = reader.operation.ticket,
                   .command = command,
-                  .abandoned = ranged.abandoned,
+                  .abandoned = reader.abandoned,
                   .first_byte = queued_,
-                  .value = ranged.operation.value,
-                  .value_bytes = bytes,
-                  .ranged = &ranged};
+                  .value = reader.operation.value,
+                  .value_bytes = range.bytes,
+                  .reader = &reader};
   end_inline(begin);
   waiting.end_byte = queued_;
   waiting_.push_back(waiting);
-  ++ranged.unanswered;
+  ++reader.unanswered;
+  return waiting_.back();
 }
 
 std::span<const iovec> Session::prepare_write() noexcept {
@@ -185,7 +183,6 @@ void Session::commit_write(std::size_t bytes) noexcept {
   while (bytes > 0) {
     const Piece& piece = pieces_.front();
     const std::size_t taken = std::min(bytes, piece.size - piece_sent_);
-    if (piece.external) unsent_ -= taken;
     bytes -= taken;
     piece_sent_ += taken;
     if (piece_sent_ == piece.size) {
@@ -345,7 +342,7 @@ Status Session::commit_read(std::size_t bytes) {
         }
         begin_ += 2;
         reading_ = Reading::head;
-        if (waiting_.front().ranged) {
+        if (waiting_.front().reader) {
           complete_step(body_outcome_ == Outcome::hit);
         } else {
           complete(body_outcome_, body_bytes_);
@@ -365,10 +362,10 @@ Status Session::take_head(const ReplyHead& head) {
     if (head.type != Type::error) return protocol_error("a reply to what was not asked yet");
     pieces_.clear();
     Status refused{Code::connection_lost, std::string(head.text)};
-    if (!front.ranged) complete(Outcome::refused, 0, head.text);
+    if (!front.reader) complete(Outcome::refused, 0, head.text);
     return refused;
   }
-  if (front.ranged) return take_step(head);
+  if (front.reader) return take_step(head);
   const bool awaits_body = front.command == Command::get;
   if (awaits_body && (head.type != Type::bulk || head.value < 0)) unread_ -= front.value_bytes;
   if (head.type == Type::error) {
@@ -428,9 +425,9 @@ Status Session::take_step(const ReplyHead& head) {
     if (head.text.starts_with("ERR") || head.text.find("to run the") != std::string_view::npos) {
       ranges_refused_ = true;
     }
-    if (command == Command::multi) front.ranged->multi_refused = true;
+    if (command == Command::multi) front.reader->multi_refused = true;
     // After a MULTI that was not, the server would go on to queue what we send.
-    const bool in_multi = command == Command::exec && !front.ranged->multi_refused;
+    const bool in_multi = command == Command::exec && !front.reader->multi_refused;
     Status status;
     if (in_multi) status = {Code::closed, std::string(head.text)};
     complete_step(false);
@@ -455,12 +452,16 @@ Status Session::take_step(const ReplyHead& head) {
           !(head.type == Type::bulk && head.value < 0)) {
         return protocol_error("EXEC was answered by neither an empty array nor nil");
       }
-      if (head.value < 0) front.ranged->torn = true;
+      if (head.value < 0) front.reader->operation.ranges->spoil(Outcome::torn);
       complete_step(true);
       return {};
     default:
       if (head.type != Type::simple || head.text != "OK") {
         return protocol_error("WATCH or MULTI was not answered by OK");
+      }
+      if (command == Command::watch && !front.reader->operation.helping) {
+        front.reader->operation.ranges->open();
+        opened_ = true;
       }
       complete_step(true);
       return {};
@@ -468,24 +469,29 @@ Status Session::take_step(const ReplyHead& head) {
 }
 
 void Session::complete_step(bool fits) {
-  Ranged& ranged = *waiting_.front().ranged;
+  Reader& reader = *waiting_.front().reader;
+  if (waiting_.front().command == Command::watch) reader.watched = true;
   waiting_.pop_front();
-  if (!fits) ranged.misfit = true;
-  --ranged.unanswered;
-  complete_ranged();
+  if (!fits && !reader.abandoned) reader.operation.ranges->spoil(Outcome::misfit);
+  --reader.unanswered;
+  complete_readers();
 }
 
-void Session::complete_ranged() {
-  while (!ranged_.empty() && ranged_.front().asked && ranged_.front().unanswered == 0) {
-    const Ranged& ranged = ranged_.front();
-    if (!ranged.abandoned) {
-      completed_.push_back({.ticket = ranged.operation.ticket,
-                            .outcome = ranged.misfit ? Outcome::misfit
-                                       : ranged.torn ? Outcome::torn
-                                                     : Outcome::hit});
-    }
-    ranged_.pop_front();
+void Session::complete_readers() {
+  while (!readers_.empty() && readers_.front().asked && readers_.front().unanswered == 0) {
+    retire(readers_.front());
+    readers_.pop_front();
   }
+}
+
+// No range of ours is on its way. What is of the whole value, the last reader says.
+void Session::retire(Reader& reader) {
+  if (std::exchange(reader.abandoned, true)) return;
+  const auto& ranges = reader.operation.ranges;
+  if (!ranges->leave()) return;
+  const Outcome outcome = ranges->outcome();
+  completed_.push_back({.ticket = reader.operation.ticket, .outcome = outcome});
+  if (outcome == Outcome::lost) completed_.back().ranges = ranges;
 }
 
 Status Session::protocol_error(std::string_view why) const {
@@ -506,6 +512,7 @@ Status Session::protocol_error(std::string_view why) const {
 
 void Session::complete(Outcome outcome, std::int64_t actual_bytes, std::string_view error) {
   const Waiting& front = waiting_.front();
+  if (front.command == Command::set) unstored_ -= front.value_bytes;
   if (!front.abandoned) {
     completed_.push_back({front.ticket, outcome, actual_bytes, std::string(error)});
   }
@@ -524,35 +531,40 @@ Session::Abandoned Session::abandon(const void* owner) noexcept {
       discard_ = true;
       unread_ -= body_left_;
     }
-    if (!waiting.ranged) ++result.released;
+    if (!waiting.reader) ++result.released;
   }
-  for (Ranged& ranged : ranged_) {
-    if (ranged.abandoned || ranged.operation.ticket.owner != owner) continue;
-    if (!ranged.asked && ranged.operation.snapshot) unwatch_due_ = true;
-    ranged.abandoned = ranged.asked = true;
-    ++result.released;
+  for (Reader& reader : readers_) {
+    if (reader.abandoned || reader.operation.ticket.owner != owner) continue;
+    if (!reader.asked && reader.operation.ranges->snapshot()) unwatch_due_ = true;
+    reader.abandoned = reader.asked = true;
+    reader.operation.ranges->spoil(Outcome::torn);
+    if (reader.operation.ranges->leave()) ++result.released;
   }
-  complete_ranged();
+  complete_readers();
   return result;
 }
 
-std::vector<Session::Lost> Session::reset() {
+std::vector<Session::Lost> Session::reset(const Status& why, bool counted) {
   std::vector<Lost> lost;
   for (const Waiting& waiting : waiting_) {
-    if (waiting.abandoned || !waiting.ticket.owner || waiting.ranged) continue;
+    if (waiting.abandoned || !waiting.ticket.owner || waiting.reader) continue;
     lost.push_back({waiting.ticket, written_ > waiting.first_byte});
   }
-  for (const Ranged& ranged : ranged_) {
-    if (!ranged.abandoned) lost.push_back({ranged.operation.ticket, written_ > ranged.first_byte});
+  for (const Reader& reader : readers_) {
+    if (reader.abandoned) continue;
+    reader.operation.ranges->lose(why, counted);
+    if (!reader.operation.ranges->leave()) continue;
+    lost.push_back({reader.operation.ticket, written_ > reader.first_byte});
   }
   waiting_.clear();
-  ranged_.clear();
+  readers_.clear();
+  opened_ = false;
   unwatch_due_ = false;
   completed_.clear();
   heads_.clear();
   pieces_.clear();
   piece_sent_ = 0;
-  queued_ = written_ = unsent_ = unread_ = 0;
+  queued_ = written_ = unstored_ = unread_ = 0;
   parser_ = {};
   reading_ = Reading::head;
   begin_ = end_ = 0;

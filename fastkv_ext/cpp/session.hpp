@@ -20,8 +20,10 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
+#include "ranged_value.hpp"
 #include "resp.hpp"
 #include "status.hpp"
 
@@ -58,9 +60,10 @@ struct Operation {
   Ticket ticket;
   std::string_view key;            // read during push(), or until the last range is asked for
   std::span<const Segment> value;  // get, set: used until the operation completes
-  std::uint64_t range_bytes = 0;   // get: read it in ranges of this length; 0: whole
-  bool snapshot = true;            // in ranges: make sure that all are of one version
-  std::string_view set_options;    // set: arguments after the value, already RESP bulk strings
+  // get: read it in ranges; null: whole. Shared with other connections that read the same value.
+  std::shared_ptr<RangedValue> ranges;
+  bool helping = false;          // ... that another connection has begun
+  std::string_view set_options;  // set: arguments after the value, already RESP bulk strings
   std::size_t set_option_count = 0;
 };
 
@@ -69,6 +72,8 @@ struct Completed {
   Outcome outcome = Outcome::unanswered;
   std::int64_t actual_bytes = 0;  // size_mismatch: the length of the value that the server has
   std::string error;              // refused: the error line
+  // lost: what happened.
+  std::shared_ptr<RangedValue> ranges;
 };
 
 class Session {
@@ -84,11 +89,11 @@ class Session {
 
   // A value in ranges is one request after the other, as long as fewer than `window` bytes are
   // outstanding: asked for all at once, the server would build the whole value before it sends.
-  // As one version, by optimistic locking
-  // (https://redis.io/docs/latest/develop/reference/transactions/): WATCH key, the ranges, MULTI,
-  // EXEC. EXEC answers an empty array if nobody touched the key. May complete an operation, too.
+  // May complete an operation, too.
   void pump(std::uint64_t window);
-  bool pumping() const noexcept { return !ranged_.empty() && !ranged_.back().asked; }
+  bool pumping() const noexcept { return !readers_.empty() && !readers_.back().asked; }
+  // Since the last call: a value can be read by others, too, from now on.
+  bool take_opened() noexcept { return std::exchange(opened_, false); }
   // A server, proxy or ACL has refused a command that ranges need: use plain GETs here. Survives
   // reset(), or each reconnect would try again.
   bool ranges_refused() const noexcept { return ranges_refused_; }
@@ -121,27 +126,24 @@ class Session {
     Ticket ticket;
     bool sent = false;
   };
-  std::vector<Lost> reset();
+  // `why` and `counted`: for what others read, too, and will find out later.
+  std::vector<Lost> reset(const Status& why, bool counted);
 
   std::size_t requests() const noexcept { return waiting_.size(); }
-  // Value bytes asked for and not yet read, plus value bytes not yet sent.
-  std::uint64_t outstanding_bytes() const noexcept { return unread_ + unsent_; }
+  // Value bytes asked for and not yet read, or of SETs that are not answered.
+  std::uint64_t outstanding_bytes() const noexcept { return unread_ + unstored_; }
   bool has_unsent() const noexcept { return written_ != queued_; }
 
  private:
-  // A GET in ranges. Its steps stand in waiting_, and point here.
-  struct Ranged {
+  // Our part in a GET in ranges. Its steps stand in waiting_, and point here.
+  struct Reader {
     Operation operation;
-    std::uint64_t value_bytes = 0;
     std::uint64_t first_byte = 0;  // as in Waiting
-    std::uint64_t next = 0;        // where in the value the next range begins
-    std::size_t segment = 0;       // ... and where in memory
-    std::size_t segment_at = 0;
-    std::size_t unanswered = 0;  // steps pushed and not answered
-    bool asked = false;          // no more steps follow
-    bool multi_refused = false;  // then EXEC is, too, and no transaction is open
-    bool misfit = false;
-    bool torn = false;
+    std::size_t unanswered = 0;    // steps pushed and not answered
+    bool watched = false;          // WATCH was answered
+    bool reading = false;          // a range was pushed
+    bool asked = false;            // no more steps follow
+    bool multi_refused = false;    // then EXEC is, too, and no transaction is open
     bool abandoned = false;
   };
   struct Waiting {
@@ -155,7 +157,7 @@ class Session {
     std::uint64_t value_bytes = 0;  // from here in `value` on:
     std::size_t segment = 0;
     std::size_t segment_at = 0;
-    Ranged* ranged = nullptr;
+    Reader* reader = nullptr;
   };
   // A stretch of the request stream: bytes of heads_ (external is null) or of a caller's value.
   struct Piece {
@@ -166,8 +168,9 @@ class Session {
   enum class Reading : std::uint8_t { head, body, body_end };
 
   void end_inline(std::size_t begin);
-  void push_step(Ranged& ranged, Command command, std::uint64_t bytes = 0);
-  void push_range(Ranged& ranged);
+  Waiting& push_step(Reader& reader, Command command, const RangedValue::Range& range = {});
+  void push_range(Reader& reader, const RangedValue::Range& range);
+  void retire(Reader& reader);
   std::size_t head_target() const noexcept;
   bool into_value() const noexcept;
   void advance_value(std::size_t bytes) noexcept;
@@ -175,11 +178,12 @@ class Session {
   Status protocol_error(std::string_view why) const;
   Status take_step(const ReplyHead& head);
   void complete_step(bool fits);
-  void complete_ranged();
+  void complete_readers();
   void complete(Outcome outcome, std::int64_t actual_bytes = 0, std::string_view error = {});
 
   std::deque<Waiting> waiting_;
-  std::deque<Ranged> ranged_;  // elements do not move
+  std::deque<Reader> readers_;  // elements do not move
+  bool opened_ = false;
   bool ranges_refused_ = false;
   bool unwatch_due_ = false;  // a WATCH was left without its EXEC
   std::vector<Completed> completed_;
@@ -190,7 +194,7 @@ class Session {
   std::size_t piece_sent_ = 0;  // bytes of pieces_.front() that are out
   std::uint64_t queued_ = 0;    // bytes of requests ever pushed, and ever written
   std::uint64_t written_ = 0;
-  std::uint64_t unsent_ = 0;  // value bytes in pieces_ that are not out
+  std::uint64_t unstored_ = 0;  // value bytes of SETs that are not answered
   std::array<iovec, kMaxIov> write_iov_;
 
   // Receiving.

@@ -39,6 +39,7 @@ enum class Outcome : std::uint8_t {
   // Of a value that was read in ranges; never a batch's last word.
   torn,    // it changed meanwhile: read it again
   misfit,  // missing, of another length, or refused: read it whole, to know
+  lost,    // a connection that read a part of it broke
 };
 
 }  // namespace fastkv

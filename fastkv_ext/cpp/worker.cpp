@@ -210,6 +210,10 @@ void Worker::settle(Lane& lane) {
       // An error reply says that the command did not run, so even a conditional SET may go again.
       if (schedule_.requeue(batch, index, false, true, Code::connection_lost)) continue;
     }
+    if (completed.outcome == Outcome::lost) {
+      give_back(completed.ticket, true, completed.ranges->loss_counted(), completed.ranges->loss());
+      continue;
+    }
     if (completed.outcome == Outcome::torn || completed.outcome == Outcome::misfit) {
       batch.note_range_failure(index, completed.outcome);
       // If not, the batch was abandoned, and needs no answer.
@@ -224,6 +228,7 @@ void Worker::settle(Lane& lane) {
     finished(&batch);
   }
   lane.session.completed().clear();
+  if (lane.session.take_opened()) schedule_.wake_helpers();
   if (!drop.ok()) lose(lane, drop, true);
 }
 
@@ -238,7 +243,8 @@ std::size_t Worker::feed(Lane& lane) {
     settle(lane);
     if (lane.stream && !lane.polls_write) transmit(lane);
   }
-  if (!schedule_.has_work(lane.priorities)) return 0;
+  const bool has_work = schedule_.has_work(lane.priorities);
+  if (!has_work && !schedule_.wants_help(lane.priorities)) return 0;
   const bool idle = lane.session.requests() == 0;
   // The server may have closed an idle connection since epoll was asked. That is no loss yet, and
   // must not use up an attempt; redis-py looks before each command, too.
@@ -257,26 +263,47 @@ std::size_t Worker::feed(Lane& lane) {
     return 0;
   }
   std::size_t fed = 0;
-  while (!session.pumping() && session.requests() < window_.requests &&
-         session.outstanding_bytes() < window_.bytes) {
+  while (!session.pumping() && session.requests() < window_.requests) {
+    const std::uint64_t outstanding = session.outstanding_bytes();
+    // One more than is being moved, however large, or the round trip would show.
+    if (outstanding >= window_.bytes && session.requests() >= 2) break;
     carried_ =
         schedule_.pull(lane.priorities, lane.generation, window_.requests - session.requests(),
-                       window_.bytes - session.outstanding_bytes());
+                       window_.bytes - std::min(window_.bytes, outstanding));
     if (carried_.count == 0) break;
     fed += carried_.count;
-    while (carried_.count > 0) {
-      Operation operation = carried_.batch->operation(carried_.first++);
-      --carried_.count;
-      if (session.ranges_refused()) operation.range_bytes = 0;
-      session.push(operation);
-      session.pump(window_.bytes);
-    }
+    carry(lane);
+  }
+  if (session.requests() == 0 && !session.ranges_refused() &&
+      schedule_.wants_help(lane.priorities)) {
+    carried_ = schedule_.help(lane.generation);
+    fed += carried_.count;
+    carry(lane);
   }
   if (fed == 0) return 0;
   if (idle) lane.progress = now_;
   // Otherwise epoll says when the socket takes more.
   if (!lane.polls_write) transmit(lane);
   return fed;
+}
+
+// Pushes what was pulled.
+void Worker::carry(Lane& lane) {
+  while (carried_.count > 0) {
+    Operation operation = carried_.batch->operation(carried_.first);
+    if (carried_.joined) {
+      operation.ranges = std::exchange(carried_.joined, nullptr);
+      operation.helping = true;
+    } else if (lane.session.ranges_refused()) {
+      operation.ranges = nullptr;
+    } else if (operation.ranges) {
+      schedule_.offer(*carried_.batch, carried_.first, operation.ranges);
+    }
+    ++carried_.first;
+    --carried_.count;
+    lane.session.push(operation);
+    lane.session.pump(window_.bytes);
+  }
 }
 
 // Drops the connection. Its operations go back to the queue as far as their policy allows.
@@ -292,18 +319,19 @@ void Worker::lose(Lane& lane, const Status& why, bool counted) {
   lane.state = State::absent;
   lane.checking = lane.polls_write = false;
   schedule_.lost(lane.number);
-  const auto lost = lane.session.reset();
-  for (const auto& operation : lost) {
-    auto& batch = *static_cast<Batch*>(operation.ticket.owner);
-    if (why.code != Code::protocol_error &&
-        schedule_.requeue(batch, operation.ticket.index, operation.sent, counted, why.code)) {
-      continue;
-    }
-    if (operation.sent && !batch.repeatable() && why.code != Code::protocol_error) {
-      schedule_.fail(batch, {Code::unknown_outcome, why.detail});
-    } else {
-      schedule_.fail(batch, why);
-    }
+  for (const auto& operation : lane.session.reset(why, counted)) {
+    give_back(operation.ticket, operation.sent, counted, why);
+  }
+}
+
+void Worker::give_back(const Ticket& ticket, bool sent, bool counted, const Status& why) {
+  auto& batch = *static_cast<Batch*>(ticket.owner);
+  if (why.code == Code::protocol_error) return schedule_.fail(batch, why);
+  if (schedule_.requeue(batch, ticket.index, sent, counted, why.code)) return;
+  if (sent && !batch.repeatable()) {
+    schedule_.fail(batch, {Code::unknown_outcome, why.detail});
+  } else {
+    schedule_.fail(batch, why);
   }
 }
 

@@ -63,7 +63,9 @@ class Worker {
   void transmit(Lane& lane);
   void settle(Lane& lane);
   std::size_t feed(Lane& lane);
+  void carry(Lane& lane);
   void lose(Lane& lane, const Status& why, bool counted);
+  void give_back(const Ticket& ticket, bool sent, bool counted, const Status& why);
   void abandon(const Batch& batch);
   int next_timeout() const;
   void check_stalls();

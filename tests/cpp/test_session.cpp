@@ -1,6 +1,8 @@
 // A session without a socket: give it the peer's bytes in any pieces, look where they land.
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <string>
 #include <string_view>
@@ -190,8 +192,9 @@ TEST(a_set_sends_all_parts_of_its_value_and_its_options) {
                   .set_option_count = 1});
     CHECK(session.outstanding_bytes() == 5);
     CHECK(sent(session, most) == "*4\r\n$3\r\nSET\r\n$1\r\nk\r\n$5\r\nabcde\r\n$2\r\nNX\r\n");
-    CHECK(session.outstanding_bytes() == 0);
+    CHECK(session.outstanding_bytes() == 5);  // somewhere on the way
     CHECK(feed(session, "$-1\r\n", most).ok());
+    CHECK(session.outstanding_bytes() == 0);
     CHECK(completed(session)[0].outcome == Outcome::miss);
   }
 }
@@ -242,7 +245,7 @@ TEST(what_answers_another_question_is_a_protocol_error) {
       const Status status = feed(session, reply, most);
       CHECK(status.code == Code::protocol_error);
       CHECK(completed(session).empty());
-      CHECK(session.reset().size() == 1);
+      CHECK(session.reset({Code::connection_lost, {}}, true).size() == 1);
     }
   }
 }
@@ -313,7 +316,7 @@ TEST(an_error_before_a_set_was_sent_to_its_end_ends_the_sending) {
     CHECK(done[1].outcome == Outcome::refused && done[1].ticket.index == 1);
     // Its memory may be the caller's again: no more of it is sent.
     CHECK(session.prepare_write().empty());
-    const auto lost = session.reset();
+    const auto lost = session.reset({Code::connection_lost, {}}, true);
     CHECK(lost.size() == 1 && lost[0].ticket.index == 2 && !lost[0].sent);
   }
 }
@@ -341,7 +344,7 @@ TEST(reset_says_what_was_lost_and_whether_it_was_sent) {
   session.abandon(&owner_b);
   session.prepare_write();
   session.commit_write(25);  // all of the first, some of the second
-  const auto lost = session.reset();
+  const auto lost = session.reset({Code::connection_lost, {}}, true);
   CHECK(lost.size() == 2);  // neither the abandoned one nor the ping
   CHECK(lost[0].ticket.index == 1 && lost[0].sent);
   CHECK(lost[1].ticket.index == 3 && !lost[1].sent);
@@ -404,8 +407,7 @@ namespace {
 Operation in_ranges(const Memory& memory, bool snapshot, void* owner = &owner_a,
                     std::uint32_t index = 0) {
   Operation operation = get("k", memory, owner, index);
-  operation.range_bytes = 10'000;
-  operation.snapshot = snapshot;
+  operation.ranges = std::make_shared<RangedValue>(memory.text().size(), 10'000, snapshot);
   return operation;
 }
 
@@ -512,8 +514,8 @@ TEST(a_multi_that_is_refused_leaves_no_transaction_open) {
   session.push(in_ranges(memory, true));
   session.pump(1 << 20);
   auto replies = replies_to(sent(session), std::string(30'000, 'x'));
-  replies[4] = "-NOPERM to run the 'multi' command\r\n";
-  replies[5] = "-ERR EXEC without MULTI\r\n";
+  replies[5] = "-NOPERM to run the 'multi' command\r\n";
+  replies[6] = "-ERR EXEC without MULTI\r\n";
   for (const std::string& reply : replies) CHECK(feed(session, reply).ok());
   CHECK(completed(session)[0].outcome == Outcome::misfit);
 }
@@ -542,21 +544,21 @@ TEST(a_watch_that_was_left_is_undone_before_the_next) {
 }
 
 TEST(a_refused_step_is_a_misfit_and_remembered) {
-  // WATCH, three ranges, MULTI, EXEC.
-  for (std::size_t refused = 0; refused < 6; ++refused) {
+  // WATCH, four ranges, MULTI, EXEC.
+  for (std::size_t refused = 0; refused < 7; ++refused) {
     for (const std::string why : {"-ERR unknown command\r\n", "-LOADING wait\r\n"}) {
       Session session;
       Memory memory(30'000);
       session.push(in_ranges(memory, true));
       session.pump(1 << 20);
       auto replies = replies_to(sent(session), std::string(30'000, 'x'));
-      CHECK(replies.size() == 6);
+      CHECK(replies.size() == 7);
       replies[refused] = why;
       Status status;
       for (const std::string& reply : replies) status = feed(session, reply);
       CHECK(completed(session)[0].outcome == Outcome::misfit);
       CHECK(session.ranges_refused() == why.starts_with("-ERR"));
-      CHECK(status.ok() == (refused != 5));  // a connection may be left inside MULTI
+      CHECK(status.ok() == (refused != 6));  // a connection may be left inside MULTI
       CHECK(session.outstanding_bytes() == 0);
     }
   }
@@ -564,14 +566,14 @@ TEST(a_refused_step_is_a_misfit_and_remembered) {
 
 TEST(abandoned_ranges_are_not_written_and_no_more_are_asked_for) {
   const std::string value(50'000, 'v');
-  for (const std::size_t answered : {0, 1, 2, 3}) {
+  for (const std::size_t answered : {0, 1, 2, 3, 4}) {
     Session session;
     Memory memory(value.size());
     Memory other(3);
     session.push(in_ranges(memory, true));
     session.pump(25'000);
     const auto replies = replies_to(sent(session), value);
-    CHECK(replies.size() == 4);  // WATCH and three ranges
+    CHECK(replies.size() == 5);  // WATCH and four ranges
     for (std::size_t i = 0; i < answered; ++i) CHECK(feed(session, replies[i]).ok());
     CHECK(session.abandon(&owner_a).released == 1);
     CHECK(!session.pumping());
@@ -584,7 +586,7 @@ TEST(abandoned_ranges_are_not_written_and_no_more_are_asked_for) {
     const auto done = completed(session);
     CHECK(done.size() == 1 && done[0].ticket.owner == &owner_b);
     CHECK(other.text() == "abc" && session.outstanding_bytes() == 0);
-    CHECK(session.reset().empty());
+    CHECK(session.reset({Code::connection_lost, {}}, true).empty());
   }
 }
 
@@ -594,9 +596,209 @@ TEST(a_lost_value_in_ranges_is_lost_once) {
   session.push(in_ranges(memory, true, &owner_a, 7));
   session.pump(25'000);
   sent(session);
-  const auto lost = session.reset();
+  const auto lost = session.reset({Code::connection_lost, {}}, true);
   CHECK(lost.size() == 1 && lost[0].ticket.index == 7 && lost[0].sent);
   CHECK(!session.pumping());
+}
+
+// --- by several connections --------------------------------------------------------------------
+
+namespace {
+
+Operation helping(const Operation& owners) {
+  Operation operation = owners;
+  operation.helping = true;
+  return operation;
+}
+
+// A server with one key, whose value is one letter over and over. Each connection has its own
+// WATCH.
+struct Server {
+  struct Connection {
+    bool watching = false;
+    bool touched = false;
+    std::string requests;  // received, not run yet
+    std::string replies;   // not delivered yet
+  };
+
+  void write() {
+    version = static_cast<char>(version == 'z' ? 'a' : version + 1);
+    for (Connection& connection : connections) connection.touched = true;
+  }
+
+  // Runs the oldest request of a connection.
+  void run(Connection& connection) {
+    std::size_t at = 0;
+    const auto word = [&] {
+      const std::size_t end = connection.requests.find("\r\n", at);
+      const std::string found = connection.requests.substr(at, end - at);
+      at = end + 2;
+      return found;
+    };
+    std::vector<std::string> words(std::stoul(word().substr(1)));
+    for (std::string& argument : words) {
+      word();
+      argument = word();
+    }
+    connection.requests.erase(0, at);
+    if (words[0] == "GETRANGE") {
+      const std::size_t begin = std::stoul(words[2]);
+      const std::size_t end = std::min(std::stoul(words[3]) + 1, bytes);
+      connection.replies += bulk(std::string(end - begin, version));
+    } else if (words[0] == "EXEC") {
+      const bool unchanged = !std::exchange(connection.touched, false);
+      connection.watching = false;
+      connection.replies += unchanged ? "*0\r\n" : "*-1\r\n";
+    } else {
+      if (words[0] == "WATCH" && !std::exchange(connection.watching, true)) {
+        connection.touched = false;
+      }
+      if (words[0] == "UNWATCH") connection.watching = connection.touched = false;
+      connection.replies += "+OK\r\n";
+    }
+  }
+
+  std::size_t bytes;
+  char version = 'a';
+  std::vector<Connection> connections;
+};
+
+}  // namespace
+
+TEST(a_value_read_by_several_connections_is_of_one_version_or_torn) {
+  std::mt19937 random(7);
+  const auto chance = [&](unsigned one_in) { return random() % one_in == 0; };
+  int hits = 0;
+  int torn = 0;
+  int shared = 0;
+  for (int round = 0; round < 20'000; ++round) {
+    constexpr std::size_t kReaders = 3;
+    Server server{.bytes = 30'000 + random() % 60'000, .connections = {}};
+    server.connections.resize(kReaders);
+    std::array<Session, kReaders> sessions;
+    Memory memory(server.bytes);
+    const Operation operation = in_ranges(memory, true);
+    const unsigned writes_one_in = 1u << (random() % 10);
+    const std::uint64_t window = 1 + random() % 30'000;
+    std::array<bool, kReaders> reading{true};
+    sessions[0].push(operation);
+    std::vector<Completed> done;
+    while (done.empty()) {
+      const std::size_t i = random() % kReaders;
+      Session& session = sessions[i];
+      Server::Connection& connection = server.connections[i];
+      switch (random() % 4) {
+        case 0:
+          if (!reading[i] && operation.ranges->join()) {
+            reading[i] = true;
+            ++shared;
+            session.push(helping(operation));
+          }
+          break;
+        case 1:
+          session.pump(window);
+          connection.requests += sent(session);
+          break;
+        case 2:
+          if (!connection.requests.empty()) server.run(connection);
+          if (chance(writes_one_in)) server.write();
+          break;
+        default: {
+          const std::string bytes = connection.replies.substr(0, random() % 20'000);
+          connection.replies.erase(0, bytes.size());
+          CHECK(feed(session, bytes).ok());
+          break;
+        }
+      }
+      for (Session& each : sessions) {
+        for (const Completed& completed : completed(each)) done.push_back(completed);
+      }
+    }
+    CHECK(done.size() == 1);
+    if (done[0].outcome == Outcome::hit) {
+      ++hits;
+      CHECK(memory.text() == std::string(server.bytes, memory.text()[0]));
+    } else {
+      CHECK(done[0].outcome == Outcome::torn);
+      ++torn;
+    }
+  }
+  CHECK(hits > 1000 && torn > 1000 && shared > 10'000);
+}
+
+TEST(a_value_that_one_of_its_readers_lost_is_lost_when_the_last_one_leaves) {
+  for (const bool owner_first : {true, false}) {
+    Session owner;
+    Session helper;
+    Memory memory(90'000);
+    const Operation operation = in_ranges(memory, false);
+    owner.push(operation);
+    owner.pump(1);
+    CHECK(operation.ranges->join());
+    helper.push(helping(operation));
+    helper.pump(1);
+    Session& gone = owner_first ? owner : helper;
+    Session& stays = owner_first ? helper : owner;
+    const auto replies = replies_to(sent(stays), std::string(90'000, 'x'));
+    CHECK(gone.reset({Code::stalled, "slow"}, true).empty());  // not the last
+    stays.pump(1 << 20);
+    CHECK(!stays.has_unsent());  // the rest would be of no use
+    for (const std::string& reply : replies) CHECK(feed(stays, reply).ok());
+    const auto done = completed(stays);
+    CHECK(done.size() == 1 && done[0].outcome == Outcome::lost);
+    CHECK(done[0].ranges->loss().code == Code::stalled && done[0].ranges->loss().detail == "slow");
+    CHECK(!operation.ranges->join());
+  }
+}
+
+TEST(a_helper_that_comes_too_late_leaves_no_watch_behind) {
+  Session owner;
+  Session helper;
+  Memory memory(90'000);
+  const std::string value(90'000, 'x');
+  const Operation operation = in_ranges(memory, true);
+  owner.push(operation);
+  owner.pump(1);
+  const std::string first = sent(owner);
+  CHECK(!operation.ranges->join());  // not before the owner's WATCH was answered
+  CHECK(feed(owner, "+OK\r\n").ok());
+  CHECK(owner.take_opened() && !owner.take_opened());
+  CHECK(operation.ranges->join());
+  helper.push(helping(operation));
+  helper.pump(1 << 20);
+  CHECK(sent(helper) == "*2\r\n$5\r\nWATCH\r\n$1\r\nk\r\n");
+  owner.pump(1 << 20);
+  auto replies = replies_to(first + sent(owner), value);
+  for (std::size_t i = 1; i < replies.size(); ++i) CHECK(feed(owner, replies[i]).ok());
+  CHECK(completed(owner).empty());  // the helper may still be reading, for all it knows
+  helper.pump(1 << 20);
+  const auto done = completed(helper);
+  CHECK(done.size() == 1 && done[0].outcome == Outcome::hit);
+  CHECK(memory.text() == value);
+  Memory next(30'000);
+  helper.push(in_ranges(next, true, &owner_b));
+  CHECK(sent(helper).starts_with("*1\r\n$7\r\nUNWATCH\r\n"));
+}
+
+TEST(an_abandoned_reader_leaves_and_the_last_one_releases_the_memory) {
+  Session owner;
+  Session helper;
+  Memory memory(90'000);
+  const Operation operation = in_ranges(memory, false);
+  owner.push(operation);
+  owner.pump(1 << 14);
+  CHECK(operation.ranges->join());
+  helper.push(helping(operation));
+  helper.pump(1 << 14);
+  CHECK(owner.abandon(&owner_a).released == 0);
+  CHECK(helper.abandon(&owner_a).released == 1);
+  for (Session* session : {&owner, &helper}) {
+    for (const std::string& reply : replies_to(sent(*session), std::string(90'000, 'x'))) {
+      CHECK(feed(*session, reply).ok());
+    }
+    CHECK(completed(*session).empty());
+  }
+  CHECK(memory.poisoned());
 }
 
 int main() {

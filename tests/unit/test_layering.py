@@ -13,7 +13,8 @@ CPP = {
     "status": set(),
     "fd": set(),
     "resp": {"status", "fd"},
-    "session": {"status", "fd", "resp"},
+    "ranged_value": {"status"},
+    "session": {"status", "fd", "resp", "ranged_value"},
     "stream": {"status", "fd"},
     "completion_queue": {"status", "fd"},
     "batch": {"status", "fd", "resp", "session", "completion_queue"},
@@ -50,7 +51,7 @@ def test_protocol_files_know_no_sockets_threads_or_clocks() -> None:
     forbidden = re.compile(
         r"<(thread|mutex|chrono|sys/socket\.h|unistd\.h|sys/epoll\.h)>"
     )
-    for stem in ("resp", "session"):
+    for stem in ("resp", "ranged_value", "session"):
         for suffix in ("hpp", "cpp"):
             text = (ROOT / f"fastkv_ext/cpp/{stem}.{suffix}").read_text()
             assert not forbidden.search(text), stem

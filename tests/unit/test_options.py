@@ -79,8 +79,8 @@ def test_defaults_stay_within_the_pools_limit() -> None:
     for most in (1, 2, 5, 100):
         workers, connections, window, ranges = TileOptions().filled(most)
         assert 1 <= workers <= connections <= most
-        assert window == 2 << 20
-        assert ranges == 1 << 20
+        assert window == 512 << 10
+        assert ranges == 512 << 10
     assert TileOptions(workers=8).filled(100)[:2] == (8, 9)
     assert TileOptions(workers=2, connections=16).filled(100)[:2] == (2, 17)
 

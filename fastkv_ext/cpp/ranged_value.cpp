@@ -1,0 +1,69 @@
+#include "ranged_value.hpp"
+
+#include <algorithm>
+
+namespace fastkv {
+namespace {
+
+std::uint32_t count_ranges(std::uint64_t bytes, std::uint64_t range_bytes) noexcept {
+  const std::uint64_t body = bytes - RangedValue::kEndBytes;
+  const std::uint64_t first = range_bytes + RangedValue::kEndBytes;
+  const std::uint64_t rest = body > first ? body - first : 0;
+  return static_cast<std::uint32_t>(2 + (rest + range_bytes - 1) / range_bytes);
+}
+
+}  // namespace
+
+RangedValue::RangedValue(std::uint64_t bytes, std::uint64_t range_bytes, bool snapshot) noexcept
+    : bytes_(bytes),
+      range_bytes_(range_bytes),
+      ranges_(count_ranges(bytes, range_bytes)),
+      snapshot_(snapshot),
+      open_(!snapshot) {}
+
+bool RangedValue::exhausted() const noexcept {
+  return claimed_ >= ranges_ || outcome_ != Outcome::hit;
+}
+
+std::optional<RangedValue::Range> RangedValue::claim() noexcept {
+  // No fetch_add behind the end, or the count would run over one day.
+  if (exhausted()) return std::nullopt;
+  const std::uint32_t number = claimed_.fetch_add(1);
+  if (number >= ranges_) return std::nullopt;
+  const std::uint64_t end = bytes_ - kEndBytes;
+  if (number == 0) return Range{.first = end, .bytes = kEndBytes, .to_end = true};
+  if (number == 1) return Range{.bytes = std::min(end, range_bytes_ + kEndBytes)};
+  const std::uint64_t first = kEndBytes + (number - 1) * range_bytes_;
+  return Range{.first = first, .bytes = std::min(range_bytes_, end - first)};
+}
+
+bool RangedValue::worth_joining() const noexcept {
+  return open_ && outcome_ == Outcome::hit && claimed_ + 1 < ranges_;
+}
+
+bool RangedValue::join() noexcept {
+  if (!worth_joining()) return false;
+  // Nobody comes back to a value that its last reader has left.
+  for (std::uint32_t readers = readers_; readers > 0;) {
+    if (readers_.compare_exchange_weak(readers, readers + 1)) return true;
+  }
+  return false;
+}
+
+bool RangedValue::leave() noexcept {
+  return readers_.fetch_sub(1) == 1;
+}
+
+void RangedValue::spoil(Outcome outcome) noexcept {
+  Outcome good = Outcome::hit;
+  outcome_.compare_exchange_strong(good, outcome);
+}
+
+void RangedValue::lose(const Status& why, bool counted) {
+  Outcome good = Outcome::hit;
+  if (!outcome_.compare_exchange_strong(good, Outcome::lost)) return;
+  loss_ = why;
+  loss_counted_ = counted;
+}
+
+}  // namespace fastkv
