@@ -26,9 +26,10 @@ from fastkv.errors import error_of_code
 from fastkv.options import TileOptions
 
 try:
+    from redis.observability.providers import get_observability_instance
     from redis.observability.recorder import record_operation_duration
 except ImportError:  # redis-py before 7.2
-    record_operation_duration = None  # type: ignore[assignment]
+    get_observability_instance = None  # type: ignore[assignment]
 
 # Requests that a connection may have in flight: enough to hide a round trip of lookups.
 _WINDOW_REQUESTS = 1024
@@ -317,9 +318,14 @@ class Node:
         return result
 
     def _record(self, batch: Batch, began: float, error: Exception | None) -> None:
-        """Tell redis-py's OpenTelemetry hooks; they do nothing unless switched on."""
+        """Tell redis-py's OpenTelemetry hooks, if they are switched on."""
+        if (
+            get_observability_instance is None
+            or get_observability_instance().get_provider_manager() is None
+        ):
+            return
         pool = self.pool()
-        if record_operation_duration is None or pool is None:
+        if pool is None:
             return
         kwargs = pool.connection_kwargs
         record_operation_duration(

@@ -48,7 +48,7 @@ void Batch::note_range_failure(std::uint32_t index, Outcome outcome) noexcept {
       outcome == Outcome::torn ? static_cast<std::uint8_t>(range_failures_[index] + 1) : 2;
 }
 
-Operation Batch::operation(std::uint32_t index) noexcept {
+Operation Batch::operation(std::uint32_t index) {
   Operation operation{.command = command_, .ticket = {this, index}, .key = key(index)};
   if (!value_ends_.empty()) {
     const std::size_t begin = index == 0 ? 0 : value_ends_[index - 1];

@@ -69,7 +69,7 @@ class Batch {
   bool repeatable() const noexcept { return repeatable_; }
   // Whether the value is to be read in ranges.
   bool in_ranges(std::size_t index) const noexcept;
-  Operation operation(std::uint32_t index) noexcept;
+  Operation operation(std::uint32_t index);
   // A read in ranges was of no use. After two torn ones, or one misfit, the value is read whole.
   void note_range_failure(std::uint32_t index, Outcome outcome) noexcept;
 

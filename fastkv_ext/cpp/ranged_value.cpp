@@ -38,7 +38,7 @@ std::optional<RangedValue::Range> RangedValue::claim() noexcept {
 }
 
 bool RangedValue::worth_joining() const noexcept {
-  return open_ && outcome_ == Outcome::hit && claimed_ + 1 < ranges_;
+  return divisible() && open_ && outcome_ == Outcome::hit && claimed_ + 1 < ranges_;
 }
 
 bool RangedValue::join() noexcept {

@@ -37,6 +37,8 @@ class RangedValue {
   RangedValue(std::uint64_t bytes, std::uint64_t range_bytes, bool snapshot) noexcept;
 
   bool snapshot() const noexcept { return snapshot_; }
+  // Whether there is enough of it for others to help.
+  bool divisible() const noexcept { return ranges_ > 3; }
 
   struct Range {
     std::uint64_t first = 0;

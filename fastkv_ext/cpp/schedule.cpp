@@ -4,6 +4,14 @@
 #include <utility>
 
 namespace fastkv {
+namespace {
+
+// Stores hold back for so long after the last lookup or retrieve, and then this much may be on its
+// way, or one value.
+constexpr auto kUrgent = std::chrono::milliseconds(200);
+constexpr std::uint64_t kUrgentStoreBytes = std::uint64_t{256} << 10;
+
+}  // namespace
 
 void Inbox::post(Message message) {
   std::lock_guard lock(mutex_);
@@ -131,8 +139,7 @@ void Schedule::abandon_batches(const Batches& batches, const Status& why) {
       batch->cursor_ = batch->size();
       batch->again_.clear();
       // Before the workers are told to let go: nobody may join afterwards.
-      std::erase_if(offers_, [&](const Offer& offer) { return offer.batch == batch.get(); });
-      offered_ = offers_.size();
+      drop_offers_locked(batch.get());
       const auto priority = static_cast<std::size_t>(batch->priority());
       if (batch->queued_) std::erase(queues_[priority], batch.get());
       batch->queued_ = false;
@@ -143,7 +150,7 @@ void Schedule::abandon_batches(const Batches& batches, const Status& why) {
       }
     }
     for (const auto& inbox : inboxes_) inbox->post(Abandon{batch});
-    if (dropped > 0) finish(*batch, dropped);
+    if (dropped > 0) count_down(*batch, dropped);
   }
 }
 
@@ -218,13 +225,20 @@ bool Schedule::has_work(PrioritySet priorities) const noexcept {
 }
 
 Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
-                             std::size_t max_requests, std::uint64_t max_bytes) {
+                             std::size_t max_requests, std::uint64_t max_bytes,
+                             Clock::time_point now) {
   std::lock_guard lock(mutex_);
   if (generation != generation_) return {};
   for (std::size_t p = 0; p < kPriorities; ++p) {
     const auto priority = static_cast<Priority>(p);
     if ((priorities & priority_bit(priority)) == 0 || queues_[p].empty()) continue;
     Batch& batch = *queues_[p].front();
+    if (priority != Priority::store) {
+      urgent_until_ = now + kUrgent;
+    } else if (now < urgent_until_) {
+      if (stores_out_ > 0) return {};
+      max_bytes = std::min(max_bytes, kUrgentStoreBytes);
+    }
     Run run{.batch = &batch};
     if (!batch.again_.empty()) {
       run.first = batch.again_.back();
@@ -243,6 +257,7 @@ Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
       batch.cursor_ += run.count;
     }
     queued_[p] -= run.count;
+    if (priority == Priority::store) stores_out_ += run.count;
     if (batch.again_.empty() && batch.cursor_ == batch.size()) {
       queues_[p].pop_front();
       batch.queued_ = false;
@@ -254,11 +269,23 @@ Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
 
 void Schedule::offer(Batch& batch, std::uint32_t index,
                      const std::shared_ptr<RangedValue>& ranges) {
-  std::lock_guard lock(mutex_);
-  if (batch.abandoned_) return;  // the worker is told next
-  // Nobody else may have come by to drop those that are through.
-  std::erase_if(offers_, [](const Offer& offer) { return offer.ranges.expired(); });
-  offers_.push_back({&batch, index, ranges});
+  {
+    std::lock_guard lock(mutex_);
+    if (batch.abandoned_) return;  // the worker is told next
+    drop_offers_locked(nullptr);
+    offers_.push_back({&batch, index, ranges});
+    offered_ = offers_.size();
+  }
+  // If others must wait until its WATCH is answered, the worker says when.
+  if (ranges->worth_joining()) wake_helpers();
+}
+
+// Those that are over, and those of one batch.
+void Schedule::drop_offers_locked(const Batch* of) {
+  std::erase_if(offers_, [&](const Offer& offer) {
+    const auto ranges = offer.ranges.lock();
+    return !ranges || ranges->exhausted() || offer.batch == of;
+  });
   offered_ = offers_.size();
 }
 
@@ -270,18 +297,25 @@ bool Schedule::wants_help(PrioritySet priorities) const noexcept {
   return offered_ > 0 && (priorities & priority_bit(Priority::retrieve)) != 0;
 }
 
+bool Schedule::worth_connecting() {
+  std::lock_guard lock(mutex_);
+  drop_offers_locked(nullptr);
+  return std::any_of(offers_.begin(), offers_.end(), [](const Offer& offer) {
+    const auto ranges = offer.ranges.lock();
+    return ranges && ranges->worth_joining();
+  });
+}
+
 Schedule::Run Schedule::help(std::uint64_t generation) {
   std::lock_guard lock(mutex_);
   if (generation != generation_) return {};
-  Run run;
-  std::erase_if(offers_, [&](const Offer& offer) {
-    const auto ranges = offer.ranges.lock();
-    if (!ranges || ranges->exhausted()) return true;
-    if (!run.batch && ranges->join()) run = {offer.batch, offer.index, 1, ranges};
-    return false;
-  });
-  offered_ = offers_.size();
-  return run;
+  drop_offers_locked(nullptr);
+  for (const Offer& offer : offers_) {
+    if (auto ranges = offer.ranges.lock(); ranges && ranges->join()) {
+      return {offer.batch, offer.index, 1, std::move(ranges)};
+    }
+  }
+  return {};
 }
 
 bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counted, Code why) {
@@ -309,6 +343,7 @@ bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counte
       enqueue_locked(batch, 1);
     }
   }
+  came_back(batch, 1);
   if (delay.count() > 0) {
     inbox(0).wake();  // it must look at its clock again
   } else {
@@ -326,6 +361,20 @@ void Schedule::fail(Batch& batch, const Status& why) {
 }
 
 void Schedule::finish(Batch& batch, std::size_t operations) {
+  came_back(batch, operations);
+  count_down(batch, operations);
+}
+
+void Schedule::came_back(const Batch& batch, std::size_t operations) noexcept {
+  if (batch.priority() != Priority::store) return;
+  if (stores_out_.fetch_sub(operations) > operations) return;
+  // Whoever was refused one may sleep, and be the only one with room.
+  if (has_work(priority_bit(Priority::store))) {
+    wake_sleepers(priority_bit(Priority::store), 0, inboxes_.size());
+  }
+}
+
+void Schedule::count_down(Batch& batch, std::size_t operations) {
   // Release: our outcomes. Acquire: those of the workers that finished before us.
   if (batch.unfinished_.fetch_sub(operations, std::memory_order_acq_rel) != operations) return;
   std::shared_ptr<Batch> done;

@@ -27,6 +27,9 @@ using PrioritySet = std::uint8_t;
 constexpr PrioritySet priority_bit(Priority p) noexcept {
   return static_cast<PrioritySet>(1u << static_cast<unsigned>(p));
 }
+constexpr PrioritySet without(PrioritySet set, Priority p) noexcept {
+  return static_cast<PrioritySet>(set & ~priority_bit(p));
+}
 inline constexpr PrioritySet kLookups = priority_bit(Priority::lookup);
 inline constexpr PrioritySet kValues =
     priority_bit(Priority::retrieve) | priority_bit(Priority::store);
@@ -113,21 +116,25 @@ class Schedule {
     std::shared_ptr<RangedValue> joined;  // the operation is to help with this; null: to begin
   };
   // At most a fair share of what is queued, so that the tail of a batch is spread over all lanes.
-  // Nothing for a lane of an old generation.
+  // Nothing for a lane of an old generation. While there are lookups or retrieves, and for a while
+  // after, one large store is on its way at a time: however many connections send, the server is
+  // one, and each of them would have it read megabytes before it looks at the next request.
   Run pull(PrioritySet priorities, std::uint64_t generation, std::size_t max_requests,
-           std::uint64_t max_bytes);
+           std::uint64_t max_bytes, Clock::time_point now);
   bool has_work(PrioritySet priorities) const noexcept;
   // A large value that a connection has begun: idle ones may help(), once it is open.
   void offer(Batch& batch, std::uint32_t index, const std::shared_ptr<RangedValue>& ranges);
   void wake_helpers() noexcept;
+  // A hint whether there is an offer, and whether one is worth a new connection.
   bool wants_help(PrioritySet priorities) const noexcept;
+  bool worth_connecting();
   Run help(std::uint64_t generation);
   // An operation that came back: queues it again if the batch's policy allows another attempt after
   // `why`. `sent`: the server may have seen it. `counted`: it uses up an attempt. If false, the
   // worker must answer or fail it.
   bool requeue(Batch& batch, std::uint32_t index, bool sent, bool counted, Code why);
   void fail(Batch& batch, const Status& why);
-  void finish(Batch& batch, std::size_t operations);
+  void finish(Batch& batch, std::size_t operations);  // that were pulled
   // Somebody may sleep who can carry what worker `from` was woken for and could not.
   void pass_on(std::size_t from) noexcept;
   // Returns the generation that the new connection will be of.
@@ -154,6 +161,9 @@ class Schedule {
  private:
   using Batches = std::vector<std::shared_ptr<Batch>>;
 
+  void count_down(Batch& batch, std::size_t operations);
+  void came_back(const Batch& batch, std::size_t operations) noexcept;
+  void drop_offers_locked(const Batch* of);
   void enqueue_locked(Batch& batch, std::size_t operations);
   void abandon_batches(const Batches& batches, const Status& why);
   bool served_locked(Priority priority) const noexcept;
@@ -188,13 +198,15 @@ class Schedule {
     std::weak_ptr<RangedValue> ranges;
   };
   std::vector<Offer> offers_;
+  Clock::time_point urgent_until_{};  // somebody may wait for lookups or retrieves
   std::vector<std::uint32_t> connect_requests_;
   std::vector<bool> connected_;  // by lane
 
   // Operations queued, by priority. Written under mutex_; read without it as a hint whether pull
   // is worth the lock (see Inbox::asleep).
   std::array<std::atomic<std::size_t>, kPriorities> queued_{};
-  std::atomic<std::size_t> offered_{0};  // offers_.size(), likewise
+  std::atomic<std::size_t> offered_{0};     // offers_.size(), likewise
+  std::atomic<std::size_t> stores_out_{0};  // stores that were pulled and are not finished
 };
 
 }  // namespace fastkv

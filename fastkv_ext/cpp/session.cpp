@@ -61,6 +61,7 @@ void Session::push(const Operation& operation) {
       append_bulk(heads_, operation.key);
       break;
     case Command::unlink:
+      ++stores_;
       heads_.append("*2\r\n$6\r\nUNLINK\r\n");
       append_bulk(heads_, operation.key);
       break;
@@ -84,6 +85,7 @@ void Session::push(const Operation& operation) {
         pieces_.push_back({.external = segment.data, .size = segment.size});
         queued_ += segment.size;
       }
+      ++stores_;
       unstored_ += waiting.value_bytes;
       begin = heads_.size();
       heads_.append("\r\n");
@@ -164,15 +166,17 @@ Session::Waiting& Session::push_step(Reader& reader, Command command,
   return waiting_.back();
 }
 
-std::span<const iovec> Session::prepare_write() noexcept {
+std::span<const iovec> Session::prepare_write(std::size_t most) noexcept {
   std::size_t count = 0;
   std::size_t skip = piece_sent_;
   for (const Piece& piece : pieces_) {
-    if (count == write_iov_.size()) break;
+    if (count == write_iov_.size() || most == 0) break;
     // sendmsg does not write through the pointer; iovec has no const form.
     void* const data = piece.external ? const_cast<std::byte*>(piece.external) + skip
                                       : static_cast<void*>(heads_.data() + piece.offset + skip);
-    write_iov_[count++] = {data, piece.size - skip};
+    const std::size_t size = std::min(most, piece.size - skip);
+    write_iov_[count++] = {data, size};
+    most -= size;
     skip = 0;
   }
   return {write_iov_.data(), count};
@@ -209,8 +213,8 @@ void Session::commit_write(std::size_t bytes) noexcept {
 
 // --- receiving ---------------------------------------------------------------------------------
 
-// How many bytes to read for the next head: for a large value no more than its header has, so that
-// no byte of its body must be copied.
+// How many bytes to read for the next head: up to the header of the next large value and no more,
+// so that no byte of its body must be copied.
 std::size_t Session::head_target() const noexcept {
   std::size_t bytes = 0;
   for (std::size_t i = reading_ == Reading::head ? 0 : 1; i < waiting_.size(); ++i) {
@@ -222,8 +226,11 @@ std::size_t Session::head_target() const noexcept {
       case Command::exec: bytes += 4; break;   // *0
       case Command::get:
       case Command::range:
-        if (waiting.value_bytes <= kSmallValue) return kScratchBytes;
-        return bytes + bulk_header_size(waiting.value_bytes);
+        bytes += bulk_header_size(waiting.value_bytes);
+        if (waiting.value_bytes > kSmallValue) return bytes;
+        bytes += waiting.value_bytes + 2;
+        if (bytes >= kScratchBytes) return kScratchBytes;
+        break;
       default: return kScratchBytes;
     }
   }
@@ -461,7 +468,7 @@ Status Session::take_step(const ReplyHead& head) {
       }
       if (command == Command::watch && !front.reader->operation.helping) {
         front.reader->operation.ranges->open();
-        opened_ = true;
+        news_ |= front.reader->operation.ranges->worth_joining();
       }
       complete_step(true);
       return {};
@@ -488,7 +495,10 @@ void Session::complete_readers() {
 void Session::retire(Reader& reader) {
   if (std::exchange(reader.abandoned, true)) return;
   const auto& ranges = reader.operation.ranges;
-  if (!ranges->leave()) return;
+  if (!ranges->leave()) {
+    news_ = true;  // a helper that still waits for its WATCH need not
+    return;
+  }
   const Outcome outcome = ranges->outcome();
   completed_.push_back({.ticket = reader.operation.ticket, .outcome = outcome});
   if (outcome == Outcome::lost) completed_.back().ranges = ranges;
@@ -512,6 +522,7 @@ Status Session::protocol_error(std::string_view why) const {
 
 void Session::complete(Outcome outcome, std::int64_t actual_bytes, std::string_view error) {
   const Waiting& front = waiting_.front();
+  if (front.command == Command::set || front.command == Command::unlink) --stores_;
   if (front.command == Command::set) unstored_ -= front.value_bytes;
   if (!front.abandoned) {
     completed_.push_back({front.ticket, outcome, actual_bytes, std::string(error)});
@@ -552,18 +563,20 @@ std::vector<Session::Lost> Session::reset(const Status& why, bool counted) {
   }
   for (const Reader& reader : readers_) {
     if (reader.abandoned) continue;
-    reader.operation.ranges->lose(why, counted);
+    // A helper that waits for its WATCH takes nothing with it.
+    if (reader.reading || !reader.operation.helping) reader.operation.ranges->lose(why, counted);
     if (!reader.operation.ranges->leave()) continue;
     lost.push_back({reader.operation.ticket, written_ > reader.first_byte});
   }
   waiting_.clear();
   readers_.clear();
-  opened_ = false;
+  news_ = false;
   unwatch_due_ = false;
   completed_.clear();
   heads_.clear();
   pieces_.clear();
   piece_sent_ = 0;
+  stores_ = 0;
   queued_ = written_ = unstored_ = unread_ = 0;
   parser_ = {};
   reading_ = Reading::head;

@@ -92,14 +92,15 @@ class Session {
   // May complete an operation, too.
   void pump(std::uint64_t window);
   bool pumping() const noexcept { return !readers_.empty() && !readers_.back().asked; }
-  // Since the last call: a value can be read by others, too, from now on.
-  bool take_opened() noexcept { return std::exchange(opened_, false); }
+  // Since the last call, something happened to a value that others read or could read, too: have
+  // them pump().
+  bool take_news() noexcept { return std::exchange(news_, false); }
   // A server, proxy or ACL has refused a command that ranges need: use plain GETs here. Survives
   // reset(), or each reconnect would try again.
   bool ranges_refused() const noexcept { return ranges_refused_; }
 
-  // What to send next, in order; commit_write says how much of it went out.
-  std::span<const iovec> prepare_write() noexcept;
+  // What to send next, in order, at most so many bytes; commit_write says how much of it went out.
+  std::span<const iovec> prepare_write(std::size_t most = SIZE_MAX) noexcept;
   void commit_write(std::size_t bytes) noexcept;
 
   // Where the next bytes must land; commit_read says how many came. A failure means that the peer
@@ -130,8 +131,15 @@ class Session {
   std::vector<Lost> reset(const Status& why, bool counted);
 
   std::size_t requests() const noexcept { return waiting_.size(); }
-  // Value bytes asked for and not yet read, or of SETs that are not answered.
-  std::uint64_t outstanding_bytes() const noexcept { return unread_ + unstored_; }
+  // Those of them that only change something: SET and UNLINK.
+  std::size_t stores() const noexcept { return stores_; }
+  // Value bytes on their way: asked for and not yet read, and twice those of SETs that are not
+  // answered, which wait in two socket buffers and are cold when the server gets to them.
+  std::uint64_t outstanding_bytes() const noexcept { return unread_ + 2 * unstored_; }
+  // The peer will send at least so many bytes more.
+  std::uint64_t sure_bytes() const noexcept {
+    return reading_ == Reading::body ? body_left_ + 2 : 1;
+  }
   bool has_unsent() const noexcept { return written_ != queued_; }
 
  private:
@@ -183,7 +191,7 @@ class Session {
 
   std::deque<Waiting> waiting_;
   std::deque<Reader> readers_;  // elements do not move
-  bool opened_ = false;
+  bool news_ = false;
   bool ranges_refused_ = false;
   bool unwatch_due_ = false;  // a WATCH was left without its EXEC
   std::vector<Completed> completed_;
@@ -194,6 +202,7 @@ class Session {
   std::size_t piece_sent_ = 0;  // bytes of pieces_.front() that are out
   std::uint64_t queued_ = 0;    // bytes of requests ever pushed, and ever written
   std::uint64_t written_ = 0;
+  std::size_t stores_ = 0;      // waiting_ SETs and UNLINKs
   std::uint64_t unstored_ = 0;  // value bytes of SETs that are not answered
   std::array<iovec, kMaxIov> write_iov_;
 

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <string>
 #include <system_error>
@@ -10,6 +11,10 @@
 
 namespace fastkv {
 namespace {
+
+// More would leave the cache before it is read, less is not worth the call.
+constexpr std::size_t kManyBytes = std::size_t{128} << 10;
+constexpr std::size_t kFewBytes = std::size_t{16} << 10;
 
 Stream::Moved failed(const char* doing) noexcept {
   const int error = errno;
@@ -38,6 +43,10 @@ SocketStream::SocketStream(UniqueFd socket) : socket_(std::move(socket)) {
   if (flags < 0 || ::fcntl(socket_.get(), F_SETFL, flags | O_NONBLOCK) < 0) {
     throw std::system_error(errno, std::generic_category(), "fcntl");
   }
+  int domain = 0;
+  socklen_t size = sizeof domain;
+  ::getsockopt(socket_.get(), SOL_SOCKET, SO_DOMAIN, &domain, &size);
+  waits_for_many_ = domain == AF_INET || domain == AF_INET6;
 }
 
 SocketStream::~SocketStream() {
@@ -51,6 +60,17 @@ Stream::Moved SocketStream::read(std::span<const iovec> into) noexcept {
     if (count > 0) return {static_cast<std::size_t>(count), {}};
     if (count == 0) return {0, {Code::connection_lost, "Connection closed by server."}};
     if (errno != EINTR) return failed("reading from");
+  }
+}
+
+// Each wake-up costs us, and even more the server that must wake us. End of stream and errors wake
+// in any case. A failure of setsockopt only costs what would have been saved.
+void SocketStream::expect(std::size_t bytes) noexcept {
+  if (!waits_for_many_) return;
+  const int mark = bytes < kFewBytes ? 1 : static_cast<int>(std::min(bytes, kManyBytes));
+  if (mark == low_water_) return;
+  if (::setsockopt(socket_.get(), SOL_SOCKET, SO_RCVLOWAT, &mark, sizeof mark) == 0) {
+    low_water_ = mark;
   }
 }
 

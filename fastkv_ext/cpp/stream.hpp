@@ -25,6 +25,8 @@ class Stream {
   virtual int fd() const noexcept = 0;
   virtual Moved read(std::span<const iovec> into) noexcept = 0;
   virtual Moved write(std::span<const iovec> from) noexcept = 0;
+  // At least so many bytes will come: the descriptor need not be readable before some are there.
+  virtual void expect(std::size_t /*bytes*/) noexcept {}
   // For a child after fork: gives the descriptor back, the parent's connection lives on.
   virtual void close_after_fork() noexcept = 0;
 };
@@ -40,10 +42,13 @@ class SocketStream final : public Stream {
   int fd() const noexcept override { return socket_.get(); }
   Moved read(std::span<const iovec> into) noexcept override;
   Moved write(std::span<const iovec> from) noexcept override;
+  void expect(std::size_t bytes) noexcept override;
   void close_after_fork() noexcept override { socket_.reset(); }
 
  private:
   UniqueFd socket_;
+  bool waits_for_many_ = false;  // TCP: SO_RCVLOWAT has an effect
+  int low_water_ = 1;
 };
 
 }  // namespace fastkv

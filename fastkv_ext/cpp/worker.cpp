@@ -15,8 +15,8 @@
 namespace fastkv {
 namespace {
 
-// What one connection may read before the others have a turn.
-constexpr std::size_t kReadBudget = std::size_t{4} << 20;
+// What one connection may read, or write, before the others have a turn.
+constexpr std::size_t kTurnBytes = std::size_t{1} << 20;
 
 }  // namespace
 
@@ -58,6 +58,10 @@ void Worker::join() {
 void Worker::run() noexcept {
   ::pthread_setname_np(::pthread_self(), "fastkv-worker");
   const auto end = [this](const Status& why) {
+    if (const auto joined = std::exchange(carried_.joined, nullptr)) {
+      joined->lose(why, false);
+      if (!joined->leave()) carried_.count = 0;  // the other readers will find out
+    }
     for (; carried_.count > 0; --carried_.count) schedule_.fail(*carried_.batch, why);
     for (const auto& lane : lanes_) {
       if (lane->state == State::connected) lose(*lane, why, false);
@@ -150,7 +154,12 @@ void Worker::adopt(Lane& lane, Adopt&& message) {
 }
 
 void Worker::receive(Lane& lane) {
-  for (std::size_t total = 0; total < kReadBudget;) {
+  receive_some(lane);
+  if (lane.stream) lane.stream->expect(lane.session.sure_bytes());
+}
+
+void Worker::receive_some(Lane& lane) {
+  for (std::size_t total = 0; total < kTurnBytes;) {
     const auto target = lane.session.prepare_read();
     std::size_t room = 0;
     for (const iovec& part : target) room += part.iov_len;
@@ -170,8 +179,8 @@ void Worker::receive(Lane& lane) {
 }
 
 void Worker::transmit(Lane& lane) {
-  while (lane.session.has_unsent()) {
-    const auto source = lane.session.prepare_write();
+  for (std::size_t left = kTurnBytes; left > 0 && lane.session.has_unsent();) {
+    const auto source = lane.session.prepare_write(left);
     const auto moved = lane.stream->write(source);
     if (!moved.status.ok()) {
       // The peer may have said why before it closed; what it answered still counts.
@@ -182,6 +191,7 @@ void Worker::transmit(Lane& lane) {
     if (moved.bytes == 0) break;
     lane.progress = now_;
     lane.session.commit_write(moved.bytes);
+    left -= moved.bytes;
   }
   const bool poll_write = lane.session.has_unsent();
   if (poll_write == lane.polls_write) return;
@@ -228,7 +238,10 @@ void Worker::settle(Lane& lane) {
     finished(&batch);
   }
   lane.session.completed().clear();
-  if (lane.session.take_opened()) schedule_.wake_helpers();
+  if (lane.session.take_news()) {
+    turn_again_ = true;
+    schedule_.wake_helpers();
+  }
   if (!drop.ok()) lose(lane, drop, true);
 }
 
@@ -244,12 +257,14 @@ std::size_t Worker::feed(Lane& lane) {
     if (lane.stream && !lane.polls_write) transmit(lane);
   }
   const bool has_work = schedule_.has_work(lane.priorities);
-  if (!has_work && !schedule_.wants_help(lane.priorities)) return 0;
+  const bool may_help = !lane.session.ranges_refused() && schedule_.wants_help(lane.priorities);
+  if (!has_work && !may_help) return 0;
   const bool idle = lane.session.requests() == 0;
   // The server may have closed an idle connection since epoll was asked. That is no loss yet, and
   // must not use up an attempt; redis-py looks before each command, too.
   if (lane.state == State::connected && idle) receive(lane);
-  if (lane.state == State::absent && now_ >= lane.retry_at) {
+  if (lane.state == State::absent && now_ >= lane.retry_at &&
+      (has_work || schedule_.worth_connecting())) {
     lane.state = State::requested;
     lane.generation = schedule_.request_connection(lane.number);
   }
@@ -267,9 +282,12 @@ std::size_t Worker::feed(Lane& lane) {
     const std::uint64_t outstanding = session.outstanding_bytes();
     // One more than is being moved, however large, or the round trip would show.
     if (outstanding >= window_.bytes && session.requests() >= 2) break;
-    carried_ =
-        schedule_.pull(lane.priorities, lane.generation, window_.requests - session.requests(),
-                       window_.bytes - std::min(window_.bytes, outstanding));
+    PrioritySet priorities = lane.priorities;
+    // What is wanted soon must not stand behind a store.
+    if (session.stores() > 0) priorities = without(priorities, Priority::retrieve);
+    if (session.requests() > session.stores()) priorities = without(priorities, Priority::store);
+    carried_ = schedule_.pull(priorities, lane.generation, window_.requests - session.requests(),
+                              window_.bytes - std::min(window_.bytes, outstanding), now_);
     if (carried_.count == 0) break;
     fed += carried_.count;
     carry(lane);
@@ -281,6 +299,9 @@ std::size_t Worker::feed(Lane& lane) {
     carry(lane);
   }
   if (fed == 0) return 0;
+  // Others may have read all of a value between our joining it and our first claim.
+  settle(lane);
+  if (!lane.stream) return fed;
   if (idle) lane.progress = now_;
   // Otherwise epoll says when the socket takes more.
   if (!lane.polls_write) transmit(lane);
@@ -296,13 +317,14 @@ void Worker::carry(Lane& lane) {
       operation.helping = true;
     } else if (lane.session.ranges_refused()) {
       operation.ranges = nullptr;
-    } else if (operation.ranges) {
-      schedule_.offer(*carried_.batch, carried_.first, operation.ranges);
     }
-    ++carried_.first;
     --carried_.count;
     lane.session.push(operation);
     lane.session.pump(window_.bytes);
+    if (operation.ranges && !operation.helping && operation.ranges->divisible()) {
+      schedule_.offer(*carried_.batch, carried_.first, operation.ranges);
+    }
+    ++carried_.first;
   }
 }
 
@@ -394,6 +416,8 @@ void Worker::check_stalls() {
         lane->stall_timeout.count() == 0 || now_ - lane->progress < lane->stall_timeout) {
       continue;
     }
+    receive(*lane);  // a few bytes may be there, see Stream::expect
+    if (!lane->stream || now_ - lane->progress < lane->stall_timeout) continue;
     const bool writing = lane->session.has_unsent();
     lose(*lane,
          {Code::stalled, writing ? "Timeout writing to socket" : "Timeout reading from socket"},

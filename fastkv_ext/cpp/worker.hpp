@@ -60,6 +60,7 @@ class Worker {
   bool handle_messages();
   void adopt(Lane& lane, Adopt&& message);
   void receive(Lane& lane);
+  void receive_some(Lane& lane);
   void transmit(Lane& lane);
   void settle(Lane& lane);
   std::size_t feed(Lane& lane);

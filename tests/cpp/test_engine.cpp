@@ -1,20 +1,19 @@
 // The whole engine against peers at the other end of socket pairs: many callers, lost
 // connections, cancelled batches, close. No Python, so that thread sanitizers see everything.
 #include <poll.h>
-#include <sys/socket.h>
 
 #include <atomic>
 #include <chrono>
 #include <cstring>
-#include <map>
+#include <optional>
 #include <random>
-#include <set>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "check.hpp"
 #include "engine.hpp"
+#include "peer.hpp"
 
 using namespace fastkv;
 
@@ -29,113 +28,17 @@ std::string value_of(std::string_view key) {
   return value;
 }
 
-// Answers GET (keys that start with "k" exist), SET, EXISTS and UNLINK; drops the connection after
-// `lifetime` requests, in the middle of a reply.
-void serve(UniqueFd socket, std::size_t lifetime) {
-  std::string in;
-  char chunk[8192];
-  std::size_t requests = 0;
-  const auto line = [&](std::size_t& at) -> std::optional<std::string> {
-    const std::size_t end = in.find("\r\n", at);
-    if (end == std::string::npos) return std::nullopt;
-    std::string text = in.substr(at, end - at);
-    at = end + 2;
-    return text;
-  };
-  const auto say = [&](std::string_view text) {
-    while (!text.empty()) {
-      const ssize_t count = ::send(socket.get(), text.data(), text.size(), MSG_NOSIGNAL);
-      if (count <= 0) return false;
-      text.remove_prefix(static_cast<std::size_t>(count));
-    }
-    return true;
-  };
-  for (;;) {
-    const ssize_t count = ::recv(socket.get(), chunk, sizeof chunk, 0);
-    if (count <= 0) return;
-    in.append(chunk, static_cast<std::size_t>(count));
-    for (;;) {
-      std::size_t at = 0;
-      auto head = line(at);
-      if (!head) break;
-      std::vector<std::string> words;
-      const int total = std::stoi(head->substr(1));
-      while (static_cast<int>(words.size()) < total) {
-        auto size = line(at);
-        if (!size) break;
-        const auto bytes = static_cast<std::size_t>(std::stoul(size->substr(1)));
-        if (in.size() < at + bytes + 2) break;
-        words.push_back(in.substr(at, bytes));
-        at += bytes + 2;
-      }
-      if (static_cast<int>(words.size()) < total) break;
-      in.erase(0, at);
-      std::string reply;
-      if (words[0] == "GET") {
-        const std::string value = value_of(words[1]);
-        reply = words[1][0] == 'k' ? "$" + std::to_string(value.size()) + "\r\n" + value + "\r\n"
-                                   : "$-1\r\n";
-      } else if (words[0] == "SET") {
-        reply = words[2] == value_of(words[1]) ? "+OK\r\n" : "-ERR wrong bytes\r\n";
-      } else {
-        reply = words[1][0] == 'k' ? ":1\r\n" : ":0\r\n";
-      }
-      if (++requests > lifetime) {
-        say(std::string_view(reply).substr(0, reply.size() / 2));
-        return;
-      }
-      if (!say(reply)) return;
-    }
-  }
+// Keys that start with "k" exist.
+std::optional<std::string> answer(int, const std::vector<std::string>& words) {
+  if (words[0] == "GET") return words[1][0] == 'k' ? bulk(value_of(words[1])) : "$-1\r\n";
+  if (words[0] == "SET") return words[2] == value_of(words[1]) ? "+OK\r\n" : "-ERR wrong bytes\r\n";
+  return words[1][0] == 'k' ? ":1\r\n" : ":0\r\n";
 }
-
-// Gives the engine a socket pair for each connection that it wants.
-class Connector {
- public:
-  Connector(Engine& engine, std::size_t lifetime) : engine_(engine), lifetime_(lifetime) {
-    thread_ = std::thread([this] { run(); });
-  }
-  ~Connector() {
-    stop_ = true;
-    engine_.wake_connector();
-    thread_.join();
-    engine_.close();  // ends the peers' connections
-    for (std::thread& peer : peers_) peer.join();
-  }
-
- private:
-  void run() {
-    while (!stop_) {
-      pollfd entry{engine_.connect_event(), POLLIN, 0};
-      ::poll(&entry, 1, -1);
-      for (const std::uint32_t lane : engine_.take_connect_requests()) {
-        int ends[2];
-        CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
-        peers_.emplace_back([this](int fd) { serve(UniqueFd(fd), lifetime_); }, ends[1]);
-        engine_.adopt(lane, UniqueFd(ends[0]), 5.0, 0.0);
-      }
-    }
-  }
-
-  Engine& engine_;
-  const std::size_t lifetime_;
-  std::atomic<bool> stop_{false};
-  std::thread thread_;
-  std::vector<std::thread> peers_;
-};
 
 struct Call {
   std::shared_ptr<Batch> batch;
   std::vector<std::string> memory;
 };
-
-std::atomic<std::uint64_t> next_id{1};
-
-std::shared_ptr<const RetryPolicy> retry(std::int64_t retries) {
-  auto policy = std::make_shared<RetryPolicy>();
-  policy->retries = retries;
-  return policy;
-}
 
 Call make_call(Command command, std::size_t keys) {
   Call call{std::make_shared<Batch>(command), {}};
@@ -149,16 +52,6 @@ Call make_call(Command command, std::size_t keys) {
     call.batch->end_value();
   }
   return call;
-}
-
-std::set<std::uint64_t> wait_for(CompletionQueue& queue, std::size_t count) {
-  std::set<std::uint64_t> done;
-  while (done.size() < count) {
-    pollfd entry{queue.fd(), POLLIN, 0};
-    CHECK(::poll(&entry, 1, 20'000) == 1);                                       // else it hangs
-    for (const std::uint64_t id : queue.drain()) CHECK(done.insert(id).second);  // exactly once
-  }
-  return done;
 }
 
 void check_outcomes(const Call& call) {
@@ -181,7 +74,7 @@ constexpr Command kCommands[] = {Command::get, Command::set, Command::exists, Co
 
 TEST(many_callers_get_right_answers_exactly_once) {
   Engine engine(3, 5, kWindow);
-  Connector connector(engine, 1'000'000);
+  Connector connector(engine, answer, 1'000'000);
   std::vector<std::thread> callers;
   std::atomic<int> failed{0};
   for (int c = 0; c < 4; ++c) {
@@ -211,7 +104,7 @@ TEST(many_callers_get_right_answers_exactly_once) {
 
 TEST(what_was_in_flight_on_a_lost_connection_is_sent_again) {
   Engine engine(2, 4, kWindow);
-  Connector connector(engine, 37);
+  Connector connector(engine, answer, 37);
   for (int round = 0; round < 30; ++round) {
     auto queue = std::make_shared<CompletionQueue>();
     Call call = make_call(kCommands[round % 4], 200);
@@ -223,7 +116,7 @@ TEST(what_was_in_flight_on_a_lost_connection_is_sent_again) {
 
 TEST(a_batch_without_retries_fails_when_its_connection_is_lost_and_the_next_works) {
   Engine engine(1, 2, kWindow);
-  Connector connector(engine, 50);
+  Connector connector(engine, answer, 50);
   int lost = 0;
   int right = 0;
   for (int round = 0; round < 30; ++round) {
@@ -244,7 +137,7 @@ TEST(a_batch_without_retries_fails_when_its_connection_is_lost_and_the_next_work
 
 TEST(memory_of_a_batch_that_has_completed_is_not_written) {
   Engine engine(2, 4, kWindow);
-  Connector connector(engine, 500);
+  Connector connector(engine, answer, 500);
   std::mt19937 random(3);
   for (int round = 0; round < 200; ++round) {
     auto queue = std::make_shared<CompletionQueue>();
@@ -281,7 +174,7 @@ TEST(close_completes_what_is_pending_and_refuses_what_comes_later) {
     std::vector<Call> calls;
     {
       Engine engine(2, 3, kWindow);
-      Connector connector(engine, 1'000'000);
+      Connector connector(engine, answer, 1'000'000);
       for (int i = 0; i < 8; ++i) {
         calls.push_back(make_call(kCommands[i % 4], 100));
         engine.submit(calls.back().batch, next_id++, queue, retry(0), 0);
@@ -323,6 +216,39 @@ TEST(a_batch_that_no_connection_can_serve_fails_when_connecting_has_failed) {
     connector.join();
     CHECK(call.batch->status().code == Code::connect_failed);
   }
+}
+
+TEST(a_retrieve_does_not_stand_behind_a_store_and_then_stores_go_one_at_a_time) {
+  std::atomic<int> stores{0};
+  std::atomic<bool> open{false};
+  const auto slow = [&](int connection, const std::vector<std::string>& words) {
+    if (words[0] == "SET") {
+      ++stores;
+      while (!open) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return answer(connection, words);
+  };
+  // Three lanes for values, and a window of less than a value.
+  Engine engine(2, 4, {1000, 64, 0});
+  Connector connector(engine, slow);
+  auto queue = std::make_shared<CompletionQueue>();
+  Call first = make_call(Command::get, 1);
+  engine.submit(first.batch, next_id++, queue, retry(0), 0);
+  wait_for(*queue, 1);
+  Call store = make_call(Command::set, 20);
+  engine.submit(store.batch, next_id++, queue, retry(0), 0);
+  for (int i = 0; i < 20; ++i) {
+    auto other = std::make_shared<CompletionQueue>();
+    Call get = make_call(Command::get, 10);
+    engine.submit(get.batch, next_id++, other, retry(0), 0);
+    wait_for(*other, 1);
+    check_outcomes(get);
+  }
+  CHECK(stores == 1);
+  open = true;
+  wait_for(*queue, 1);
+  check_outcomes(store);
+  CHECK(stores == 20);
 }
 
 int main() {

@@ -190,9 +190,9 @@ TEST(a_set_sends_all_parts_of_its_value_and_its_options) {
                   .value = value.segments,
                   .set_options = "$2\r\nNX\r\n",
                   .set_option_count = 1});
-    CHECK(session.outstanding_bytes() == 5);
+    CHECK(session.outstanding_bytes() == 2 * 5);
     CHECK(sent(session, most) == "*4\r\n$3\r\nSET\r\n$1\r\nk\r\n$5\r\nabcde\r\n$2\r\nNX\r\n");
-    CHECK(session.outstanding_bytes() == 5);  // somewhere on the way
+    CHECK(session.outstanding_bytes() == 2 * 5);  // somewhere on the way
     CHECK(feed(session, "$-1\r\n", most).ok());
     CHECK(session.outstanding_bytes() == 0);
     CHECK(completed(session)[0].outcome == Outcome::miss);
@@ -494,6 +494,17 @@ TEST(a_value_in_ranges_of_another_length_or_none_is_a_misfit) {
   }
 }
 
+TEST(with_the_end_of_a_value_no_byte_of_its_body_is_read_that_must_be_copied) {
+  Session session;
+  Memory memory(30'000);
+  session.push(in_ranges(memory, false));
+  session.pump(1 << 20);
+  const auto replies = replies_to(sent(session), std::string(30'000, 'x'));
+  std::size_t room = 0;
+  for (const iovec& part : session.prepare_read()) room += part.iov_len;
+  CHECK(room == replies[0].size() + std::string_view("$12048\r\n").size());
+}
+
 TEST(an_exec_that_answers_nil_says_that_the_value_is_torn) {
   for (const std::string nil : {"*-1\r\n", "$-1\r\n"}) {
     Session session;
@@ -762,7 +773,7 @@ TEST(a_helper_that_comes_too_late_leaves_no_watch_behind) {
   const std::string first = sent(owner);
   CHECK(!operation.ranges->join());  // not before the owner's WATCH was answered
   CHECK(feed(owner, "+OK\r\n").ok());
-  CHECK(owner.take_opened() && !owner.take_opened());
+  CHECK(owner.take_news() && !owner.take_news());
   CHECK(operation.ranges->join());
   helper.push(helping(operation));
   helper.pump(1 << 20);
@@ -778,6 +789,43 @@ TEST(a_helper_that_comes_too_late_leaves_no_watch_behind) {
   Memory next(30'000);
   helper.push(in_ranges(next, true, &owner_b));
   CHECK(sent(helper).starts_with("*1\r\n$7\r\nUNWATCH\r\n"));
+}
+
+TEST(a_helper_that_was_lost_before_it_read_anything_takes_nothing_with_it) {
+  Session owner;
+  Session helper;
+  Memory memory(90'000);
+  const std::string value(90'000, 'x');
+  const Operation operation = in_ranges(memory, true);
+  owner.push(operation);
+  sent(owner);
+  CHECK(feed(owner, "+OK\r\n").ok());
+  CHECK(operation.ranges->join());
+  helper.push(helping(operation));
+  sent(helper);
+  CHECK(helper.reset({Code::stalled, {}}, true).empty());
+  owner.pump(1 << 20);
+  for (const std::string& reply : replies_to(sent(owner), value)) CHECK(feed(owner, reply).ok());
+  const auto done = completed(owner);
+  CHECK(done.size() == 1 && done[0].outcome == Outcome::hit && memory.text() == value);
+}
+
+TEST(a_value_that_others_have_read_completes_when_its_owner_looks) {
+  Session owner;
+  Session helper;
+  Memory memory(90'000);
+  const std::string value(90'000, 'x');
+  const Operation operation = in_ranges(memory, false);
+  CHECK(operation.ranges->join());
+  helper.push(helping(operation));
+  helper.pump(1 << 20);
+  for (const std::string& reply : replies_to(sent(helper), value)) CHECK(feed(helper, reply).ok());
+  CHECK(completed(helper).empty() && helper.take_news());
+  owner.push(operation);
+  owner.pump(1 << 20);
+  CHECK(owner.requests() == 0 && !owner.pumping() && !owner.has_unsent());
+  const auto done = completed(owner);
+  CHECK(done.size() == 1 && done[0].outcome == Outcome::hit && memory.text() == value);
 }
 
 TEST(an_abandoned_reader_leaves_and_the_last_one_releases_the_memory) {

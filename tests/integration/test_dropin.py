@@ -8,6 +8,7 @@ import pickle
 import socket
 import threading
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -358,6 +359,10 @@ def test_batches_are_told_to_redis_pys_observability(
 ) -> None:
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(node, "record_operation_duration", lambda **k: told.append(k))
+    client.batch_tile_set(["a"], [b"w"])
+    assert told == []  # it is not switched on
+    on = SimpleNamespace(get_provider_manager=object)
+    monkeypatch.setattr(node, "get_observability_instance", lambda: on)
     client.batch_tile_set(["a", "b"], [b"x", b"y"])
     with pytest.raises(fastkv.TileError):
         client.batch_tile_get(["a"], [bytearray(2)])

@@ -22,6 +22,7 @@ from redis.retry import Retry
 import fastkv
 from fastkv.cli.private_server import PrivateServer
 from tests.conftest import Endpoint
+from tests.scripted import SilentPeer
 
 KEYS = [f"k{i}" for i in range(64)]
 VALUES = [os.urandom(200_000) for _ in KEYS]
@@ -296,3 +297,27 @@ def test_memory_is_flat_over_many_batches(make: Any, endpoint: Endpoint) -> None
     before = rss()
     work(2000)
     assert rss() - before < 2_000_000
+
+
+class TricklingServer(SilentPeer):
+    """Answers GET, a little of the value at a time, slower than it takes to wait for
+    all of it.
+    """
+
+    PIECES, PIECE, PAUSE = 20, 1000, 0.05
+
+    def answer(self, connection: socket.socket, command: list[bytes]) -> bool:
+        connection.sendall(b"$%d\r\n" % (self.PIECES * self.PIECE))
+        for _ in range(self.PIECES):
+            time.sleep(self.PAUSE)  # the slow network itself, no wait for something
+            connection.sendall(b"x" * self.PIECE)
+        connection.sendall(b"\r\n")
+        return True
+
+
+def test_a_value_that_trickles_in_is_no_stall(make: Any) -> None:
+    with TricklingServer() as peer:
+        client = make(port=peer.port, socket_timeout=0.4, retry=None)
+        got = bytearray(peer.PIECES * peer.PIECE)
+        assert client.batch_tile_get(["k"], [got]) == [True]
+        assert got == b"x" * len(got)

@@ -1,0 +1,148 @@
+// A server at the other end of socket pairs, for tests of the whole engine.
+#pragma once
+
+#include <poll.h>
+#include <sys/socket.h>
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "check.hpp"
+#include "engine.hpp"
+
+// What the server says to a request of connection number so-and-so; nothing: it keeps silent.
+using Answer =
+    std::function<std::optional<std::string>(int connection, const std::vector<std::string>&)>;
+
+inline std::string bulk(std::string_view text) {
+  return "$" + std::to_string(text.size()) + "\r\n" + std::string(text) + "\r\n";
+}
+
+// Takes the words of the first request in `in`, if it is there to its end.
+inline std::optional<std::vector<std::string>> take_request(std::string& in) {
+  std::size_t at = 0;
+  const auto number = [&]() -> std::optional<std::size_t> {
+    const std::size_t end = in.find("\r\n", at);
+    if (end == std::string::npos) return std::nullopt;
+    const std::size_t found = std::stoul(in.substr(at + 1, end - at - 1));
+    at = end + 2;
+    return found;
+  };
+  const auto total = number();
+  if (!total) return std::nullopt;
+  std::vector<std::string> words;
+  while (words.size() < *total) {
+    const auto size = number();
+    if (!size || in.size() < at + *size + 2) return std::nullopt;
+    words.push_back(in.substr(at, *size));
+    at += *size + 2;
+  }
+  in.erase(0, at);
+  return words;
+}
+
+// Answers, and drops the connection after `lifetime` requests, in the middle of a reply.
+inline void serve(fastkv::UniqueFd socket, int connection, const Answer& answer,
+                  std::size_t lifetime) {
+  std::string in;
+  char chunk[8192];
+  std::size_t requests = 0;
+  for (;;) {
+    const ssize_t count = ::recv(socket.get(), chunk, sizeof chunk, 0);
+    if (count <= 0) return;
+    in.append(chunk, static_cast<std::size_t>(count));
+    while (const auto words = take_request(in)) {
+      const auto reply = answer(connection, *words);
+      if (!reply) continue;
+      std::string_view rest = *reply;
+      const bool last = ++requests > lifetime;
+      if (last) rest = rest.substr(0, rest.size() / 2);
+      while (!rest.empty()) {
+        const ssize_t sent = ::send(socket.get(), rest.data(), rest.size(), MSG_NOSIGNAL);
+        if (sent <= 0) return;
+        rest.remove_prefix(static_cast<std::size_t>(sent));
+      }
+      if (last) return;
+    }
+  }
+}
+
+// Gives the engine a socket pair for each connection that it wants.
+class Connector {
+ public:
+  Connector(fastkv::Engine& engine, Answer answer, std::size_t lifetime = SIZE_MAX)
+      : engine_(engine), answer_(std::move(answer)), lifetime_(lifetime) {
+    thread_ = std::thread([this] { run(); });
+  }
+  ~Connector() {
+    stop_ = true;
+    engine_.wake_connector();
+    thread_.join();
+    engine_.close();  // ends the peers' connections
+    for (std::thread& peer : peers_) peer.join();
+  }
+
+  void refuse() { refuse_ = true; }
+  int asked() const { return asked_; }
+
+ private:
+  void run() {
+    int connections = 0;
+    while (!stop_) {
+      pollfd entry{engine_.connect_event(), POLLIN, 0};
+      ::poll(&entry, 1, -1);
+      for (const std::uint32_t lane : engine_.take_connect_requests()) {
+        ++asked_;
+        if (refuse_) {
+          engine_.connect_failed(lane, UINT64_MAX, "refused", 0.05);
+          continue;
+        }
+        int ends[2];
+        CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+        peers_.emplace_back(
+            [this, number = connections++](int fd) {
+              serve(fastkv::UniqueFd(fd), number, answer_, lifetime_);
+            },
+            ends[1]);
+        engine_.adopt(lane, fastkv::UniqueFd(ends[0]), 5.0, 0.0);
+      }
+    }
+  }
+
+  fastkv::Engine& engine_;
+  const Answer answer_;
+  const std::size_t lifetime_;
+  std::atomic<bool> stop_{false};
+  std::atomic<bool> refuse_{false};
+  std::atomic<int> asked_{0};
+  std::thread thread_;
+  std::vector<std::thread> peers_;
+};
+
+inline std::atomic<std::uint64_t> next_id{1};
+
+inline std::shared_ptr<const fastkv::RetryPolicy> retry(std::int64_t retries,
+                                                        double delay_seconds = 0) {
+  auto policy = std::make_shared<fastkv::RetryPolicy>();
+  policy->retries = retries;
+  if (delay_seconds > 0) policy->delays.emplace_back(delay_seconds);
+  return policy;
+}
+
+inline std::set<std::uint64_t> wait_for(fastkv::CompletionQueue& queue, std::size_t count) {
+  std::set<std::uint64_t> done;
+  while (done.size() < count) {
+    pollfd entry{queue.fd(), POLLIN, 0};
+    CHECK(::poll(&entry, 1, 20'000) == 1);                                       // else it hangs
+    for (const std::uint64_t id : queue.drain()) CHECK(done.insert(id).second);  // exactly once
+  }
+  return done;
+}
