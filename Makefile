@@ -7,15 +7,23 @@ CPP := $(filter-out %.hpp,$(wildcard fastkv_ext/cpp/*))
 CXX ?= g++
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror -Wno-missing-field-initializers
 
-.PHONY: help demo test check lint test-cpp test-python dev format clean
+.PHONY: help demo bench bench-short test check lint test-cpp test-python dev format clean
 help:
 	@echo 'make demo    a KV cache through fastkv and redis-py, side by side'
+	@echo 'make bench   beside its peers and the raw ceiling, half an hour; bench-short: three minutes'
 	@echo 'make test    lint, types, C++ tests, Python tests'
 	@echo 'make dev     editable build with assertions on'
 	@echo 'make format  what the formatters do'
 
 demo: $(BIN)/.demo
 	$(BIN)/fastkv demo
+
+# All sizes, transports, servers and peers; report, plots and tables land in build/bench.
+bench: $(BIN)/.bench
+	$(BIN)/python -m bench.run
+
+bench-short: $(BIN)/.bench
+	$(BIN)/python -m bench.run --short
 
 test check: lint test-cpp test-python
 
@@ -27,6 +35,13 @@ $(BIN)/python:
 
 $(BIN)/.demo: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install -q -e '.[demo]'
+	@touch $@
+
+# LMCache's client needs torch, and nothing else of what LMCache asks for.
+$(BIN)/.bench: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install -q -e '.[bench]'
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q --no-deps lmcache==0.5.6
 	@touch $@
 
 $(BIN)/.test: $(BIN)/python $(SOURCES)
@@ -42,7 +57,7 @@ lint: $(BIN)/.test
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest fastkv._core
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint fastkv_ext/*.pyx fastkv_ext/*.pxd
-	$(BIN)/clang-format --dry-run -Werror fastkv_ext/cpp/* tests/cpp/*
+	$(BIN)/clang-format --dry-run -Werror fastkv_ext/cpp/* tests/cpp/* bench/*.cpp
 	$(BIN)/clang-tidy --quiet $(CPP) -- -std=c++20 -Ifastkv_ext/cpp
 	$(BIN)/codespell
 
@@ -68,7 +83,7 @@ test-python: $(BIN)/.test
 format: $(BIN)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i fastkv_ext/cpp/* tests/cpp/*
+	$(BIN)/clang-format -i fastkv_ext/cpp/* tests/cpp/* bench/*.cpp
 
 clean:
 	rm -rf build dist $(VENV) fastkv/*.so *.egg-info
