@@ -108,6 +108,17 @@ def _lines(axis: Any, rows: list[Row], field: str) -> None:
     axis.set_ylim(bottom=0)
 
 
+def _legend(figure: Any, axes: list[Any]) -> None:
+    """One for all panels, outside of them."""
+    named = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            named[label] = handle
+    figure.legend(
+        named.values(), named, loc="outside upper center", ncols=4, fontsize=8
+    )
+
+
 def _throughput(rows: list[Row]) -> Any:
     rows = [row for row in rows if row["operation"] in ("get", "set")]
     panels = [(p, o) for p in _places(rows) for o in ("get", "set")]
@@ -124,7 +135,7 @@ def _throughput(rows: list[Row]) -> Any:
         )  # fmt: skip
         axis.set_title(f"{operation.upper()}, {server}, {transport}")
         axis.set_ylabel("GB/s")
-    axes[0].legend(fontsize=7)
+    _legend(figure, axes)
     return figure
 
 
@@ -139,7 +150,7 @@ def _cpu(rows: list[Row]) -> Any:
         _lines(axis, peer_rows(here, "get"), "cpu_seconds_per_gb")
         axis.set_title(f"GET, {place[0]}, {place[1]}")
         axis.set_ylabel("client cpu-seconds per GB")
-    axes[0].legend(fontsize=7)
+    _legend(figure, axes)
     return figure
 
 
