@@ -58,7 +58,7 @@ lint: $(BIN)/.test
 	$(BIN)/python -m mypy.stubtest fastkv._core
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint fastkv_ext/*.pyx fastkv_ext/*.pxd
 	$(BIN)/clang-format --dry-run -Werror fastkv_ext/cpp/* tests/cpp/* bench/*.cpp
-	$(BIN)/clang-tidy --quiet $(CPP) -- -std=c++20 -Ifastkv_ext/cpp
+	@printf '%s\n' $(CPP) | xargs -P "$$(nproc)" -I{} $(BIN)/clang-tidy --quiet {} -- -std=c++20 -Ifastkv_ext/cpp
 	$(BIN)/codespell
 
 # Each test is a program over check.hpp, linked with all of cpp/.
@@ -74,7 +74,8 @@ build/cpp/%.o: fastkv_ext/cpp/%.cpp $(HEADERS)
 build/cpp/test_%: tests/cpp/test_%.cpp $(OBJECTS) $(HEADERS)
 	$(COMPILE) $< $(OBJECTS) -o $@
 
-test-cpp: $(BIN)/python $(CPP_TESTS)
+test-cpp: $(BIN)/python
+	@$(MAKE) -s -j "$$(nproc)" $(CPP_TESTS)
 	@for test in $(CPP_TESTS); do echo $$test; $$test || exit 1; done
 
 test-python: $(BIN)/.test
