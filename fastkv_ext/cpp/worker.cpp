@@ -179,8 +179,8 @@ void Worker::receive_some(Lane& lane) {
 }
 
 void Worker::transmit(Lane& lane) {
-  for (std::size_t left = kTurnBytes; left > 0 && lane.session.has_unsent();) {
-    const auto source = lane.session.prepare_write(left);
+  for (std::size_t total = 0; total < kTurnBytes && lane.session.has_unsent();) {
+    const auto source = lane.session.prepare_write();
     const auto moved = lane.stream->write(source);
     if (!moved.status.ok()) {
       // The peer may have said why before it closed; what it answered still counts.
@@ -191,7 +191,7 @@ void Worker::transmit(Lane& lane) {
     if (moved.bytes == 0) break;
     lane.progress = now_;
     lane.session.commit_write(moved.bytes);
-    left -= moved.bytes;
+    total += moved.bytes;
   }
   const bool poll_write = lane.session.has_unsent();
   if (poll_write == lane.polls_write) return;
