@@ -36,10 +36,6 @@ Row = dict[str, Any]
 MIB = 1 << 20
 
 
-def percentile(values: list[float], part: float) -> float:
-    return float(np.percentile(values, part))
-
-
 def _store(plain: redis.Redis, prefix: str, count: int, size: int) -> list[str]:
     rng = np.random.default_rng(size)
     keys = [f"{prefix}{i}" for i in range(count)]
@@ -332,7 +328,6 @@ keys = [f"bench:memory:{i}" for i in range(count)]
 client = (fastkv.Redis if kind == "fastkv" else redis.Redis)(unix_socket_path=path)
 client.ping()
 if kind == "fastkv":
-    small = bytearray(1)
     client.batch_tile_exists(keys[:1])
 before = resident()
 if kind == "fastkv":
