@@ -235,7 +235,7 @@ Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
     Batch& batch = *queues_[p].front();
     if (priority != Priority::store) {
       urgent_until_ = now + kUrgent;
-    } else if (now < urgent_until_) {
+    } else if (urgent(now)) {
       if (stores_out_ > 0) return {};
       max_bytes = std::min(max_bytes, kUrgentStoreBytes);
     }

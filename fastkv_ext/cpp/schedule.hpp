@@ -122,6 +122,8 @@ class Schedule {
   Run pull(PrioritySet priorities, std::uint64_t generation, std::size_t max_requests,
            std::uint64_t max_bytes, Clock::time_point now);
   bool has_work(PrioritySet priorities) const noexcept;
+  // Somebody may wait for a lookup or a retrieve.
+  bool urgent(Clock::time_point now) const noexcept { return now < urgent_until_.load(); }
   // A large value that a connection has begun: idle ones may help(), once it is open.
   void offer(Batch& batch, std::uint32_t index, const std::shared_ptr<RangedValue>& ranges);
   void wake_helpers() noexcept;
@@ -198,7 +200,6 @@ class Schedule {
     std::weak_ptr<RangedValue> ranges;
   };
   std::vector<Offer> offers_;
-  Clock::time_point urgent_until_{};  // somebody may wait for lookups or retrieves
   std::vector<std::uint32_t> connect_requests_;
   std::vector<bool> connected_;  // by lane
 
@@ -206,6 +207,7 @@ class Schedule {
   // is worth the lock (see Inbox::asleep).
   std::array<std::atomic<std::size_t>, kPriorities> queued_{};
   std::atomic<std::size_t> offered_{0};     // offers_.size(), likewise
+  std::atomic<Clock::time_point> urgent_until_{};  // written under mutex_
   std::atomic<std::size_t> stores_out_{0};  // stores that were pulled and are not finished
 };
 

@@ -166,15 +166,17 @@ Session::Waiting& Session::push_step(Reader& reader, Command command,
   return waiting_.back();
 }
 
-std::span<const iovec> Session::prepare_write() noexcept {
+std::span<const iovec> Session::prepare_write(std::size_t most) noexcept {
   std::size_t count = 0;
   std::size_t skip = piece_sent_;
   for (const Piece& piece : pieces_) {
-    if (count == write_iov_.size()) break;
+    if (count == write_iov_.size() || most == 0) break;
     // sendmsg does not write through the pointer; iovec has no const form.
     void* const data = piece.external ? const_cast<std::byte*>(piece.external) + skip
                                       : static_cast<void*>(heads_.data() + piece.offset + skip);
-    write_iov_[count++] = {data, piece.size - skip};
+    const std::size_t size = std::min(most, piece.size - skip);
+    write_iov_[count++] = {data, size};
+    most -= size;
     skip = 0;
   }
   return {write_iov_.data(), count};

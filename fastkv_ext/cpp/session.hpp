@@ -99,8 +99,8 @@ class Session {
   // reset(), or each reconnect would try again.
   bool ranges_refused() const noexcept { return ranges_refused_; }
 
-  // What to send next, in order; commit_write says how much of it went out.
-  std::span<const iovec> prepare_write() noexcept;
+  // What to send next, in order, at most so many bytes; commit_write says how much of it went out.
+  std::span<const iovec> prepare_write(std::size_t most = SIZE_MAX) noexcept;
   void commit_write(std::size_t bytes) noexcept;
 
   // Where the next bytes must land; commit_read says how many came. A failure means that the peer

@@ -17,6 +17,9 @@ namespace {
 
 // What one connection may read, or write, before the others have a turn.
 constexpr std::size_t kTurnBytes = std::size_t{1} << 20;
+// Of a store, in one system call, while somebody waits for a lookup or a retrieve: what lies in the
+// server's socket is read before the next request is. Without need it would halve the rate of SETs.
+constexpr std::size_t kUrgentWrite = std::size_t{512} << 10;
 
 }  // namespace
 
@@ -179,8 +182,10 @@ void Worker::receive_some(Lane& lane) {
 }
 
 void Worker::transmit(Lane& lane) {
-  for (std::size_t total = 0; total < kTurnBytes && lane.session.has_unsent();) {
-    const auto source = lane.session.prepare_write();
+  const bool urgent = lane.session.stores() > 0 && schedule_.urgent(now_);
+  const std::size_t turn = urgent ? kUrgentWrite : kTurnBytes;
+  for (std::size_t total = 0; total < turn && lane.session.has_unsent();) {
+    const auto source = lane.session.prepare_write(urgent ? turn - total : SIZE_MAX);
     const auto moved = lane.stream->write(source);
     if (!moved.status.ok()) {
       // The peer may have said why before it closed; what it answered still counts.
@@ -257,8 +262,10 @@ std::size_t Worker::feed(Lane& lane) {
     if (lane.stream && !lane.polls_write) transmit(lane);
   }
   const bool has_work = schedule_.has_work(lane.priorities);
-  const bool may_help = !lane.session.ranges_refused() && schedule_.wants_help(lane.priorities);
-  if (!has_work && !may_help) return 0;
+  const auto may_help = [&] {
+    return !lane.session.ranges_refused() && schedule_.wants_help(lane.priorities);
+  };
+  if (!has_work && !may_help()) return 0;
   const bool idle = lane.session.requests() == 0;
   // The server may have closed an idle connection since epoll was asked. That is no loss yet, and
   // must not use up an attempt; redis-py looks before each command, too.
@@ -292,8 +299,7 @@ std::size_t Worker::feed(Lane& lane) {
     fed += carried_.count;
     carry(lane);
   }
-  if (session.requests() == 0 && !session.ranges_refused() &&
-      schedule_.wants_help(lane.priorities)) {
+  if (session.requests() == 0 && may_help()) {
     carried_ = schedule_.help(lane.generation);
     fed += carried_.count;
     carry(lane);

@@ -810,6 +810,23 @@ TEST(a_helper_that_was_lost_before_it_read_anything_takes_nothing_with_it) {
   CHECK(done.size() == 1 && done[0].outcome == Outcome::hit && memory.text() == value);
 }
 
+TEST(no_more_is_offered_to_write_than_was_asked_for) {
+  Session session;
+  Memory memory({400, 600});
+  session.push({.command = Command::set, .key = "k", .value = memory.segments});
+  std::string whole;
+  while (session.has_unsent()) {
+    std::string some;
+    for (const iovec& part : session.prepare_write(300)) {
+      some.append(static_cast<const char*>(part.iov_base), part.iov_len);
+    }
+    CHECK(!some.empty() && some.size() <= 300);
+    session.commit_write(some.size());
+    whole += some;
+  }
+  CHECK(whole == "*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$1000\r\n" + memory.text() + "\r\n");
+}
+
 TEST(a_value_that_others_have_read_completes_when_its_owner_looks) {
   Session owner;
   Session helper;
