@@ -330,12 +330,17 @@ class Connector:
         if attempt not in attempts:
             return attempts  # given up together with another
         newest = self._engine.newest_batch()
+        connection = None
         try:
             connection = make_connection(pool, self._find_loop)
             self._connecting = connection
             connection.connect()
             fd = take_socket(connection)
         except Exception as error:
+            # redis-py does it for errors of its own; the others would leave the socket
+            # to the garbage collector.
+            if connection is not None:
+                connection.disconnect()
             if self._closing:
                 return []
             attempt.failures += 1

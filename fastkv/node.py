@@ -1,7 +1,7 @@
 """The native side of one connection pool: an engine, its connector, and who waits on
 it.
 
-Shared by all clients of the pool. Knows three ways to wait for a batch, and no client
+Shared by all clients of the pool. Knows four ways to wait for a batch, and no client
 class.
 """
 
@@ -134,7 +134,7 @@ class Node:
         """Whether new batches are taken."""
         return not (self.closed or self._broken)
 
-    # --- the three ways to wait ------------------------------------------------------
+    # --- the four ways to wait -------------------------------------------------------
 
     def run(self, batch: Batch, timeout: float | None) -> list[bool]:
         """Submit and block. Signal handlers run meanwhile, and may raise."""
@@ -203,6 +203,31 @@ class Node:
                     pass
             raise
         return self._finish(batch, seconds, began)
+
+    def submit_to(
+        self, queue: CompletionQueue, batch: Batch, timeout: float | None
+    ) -> None:
+        """Submit; the batch comes out of `drain` of the caller's own queue, once, and
+        `result` reads it.
+        """
+        seconds = commands.check_timeout(timeout)
+        began = time.monotonic()
+        if self.closed:  # in a forked child nobody else would say so
+            raise error_of_code(Code.CLOSED, "", len(batch), seconds)
+        batch.waiter = partial(self._finish, batch, seconds, began)
+        code = self._engine.submit(batch, queue, self._retry_policy(), seconds)
+        self._check_accepted(code, batch)
+
+    def drain(self, queue: CompletionQueue) -> list[Batch]:
+        """Return the batches of `submit_to` that completed, their memory unpinned."""
+        return self._engine.drain(queue)
+
+    @staticmethod
+    def result(batch: Batch) -> list[bool]:
+        """Return or raise what `run` would have. Once a batch."""
+        finish, batch.waiter = batch.waiter, None
+        result: list[bool] = finish()
+        return result
 
     # --- life ------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ PYTHON = {
     "registry": {"connector", "node", "options"},
     "client": {"buffers", "commands", "node", "options", "registry"},
     "asyncio": {"buffers", "commands", "node", "options", "registry"},
+    "lmcache": {"_core", "client", "commands", "connector", "errors", "node"},
     # The command line stands on top and uses the package as its users do, too.
     "cli": {"", "_version", "_core", "options"},
 }
