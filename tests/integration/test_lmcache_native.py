@@ -111,8 +111,12 @@ def test_chunks_come_back_and_are_plain_values(
     assert lm.exists(keys) == [False] * 6
     assert plain.dbsize() == 0
     assert lm.client.counts() == {
-        **{"stored": 6, "found": 6, "not_found": 7, "loaded": 6},
-        **{"deleted": 6, "not_deleted": 1},
+        "stored": 6,
+        "found": 6,
+        "not_found": 7,
+        "loaded": 6,
+        "deleted": 6,
+        "not_deleted": 1,
     }
 
 
@@ -329,9 +333,7 @@ def test_row_10_a_wrong_password_is_a_miss_until_it_is_right(
         binary, "--requirepass", "right-one", password="right-one"
     ) as server:
         with caplog.at_level(logging.DEBUG):
-            lm = demux(
-                f"redis://127.0.0.1:{server.port}", password_file=str(secret)
-            )
+            lm = demux(f"redis://127.0.0.1:{server.port}", password_file=str(secret))
             ok, error, bools = lm.wait(lm.client.submit_batch_exists(["a"]))
         assert (ok, bools) == (False, [False])
         assert "AuthenticationError" in error
@@ -434,9 +436,7 @@ def test_row_14_close_completes_what_is_pending(demux: Any) -> None:
         assert lm.done[late][2] == [False]
 
 
-def test_row_14_a_forked_child_does_not_hang(
-    server: PrivateServer, demux: Any
-) -> None:
+def test_row_14_a_forked_child_does_not_hang(server: PrivateServer, demux: Any) -> None:
     lm = demux(f"redis://127.0.0.1:{server.port}")
     assert lm.set(["a"], [b"x"]) == [True]
     child = os.fork()
