@@ -7,10 +7,11 @@ CPP := $(filter-out %.hpp,$(wildcard fastkv_ext/cpp/*))
 CXX ?= g++
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror -Wno-missing-field-initializers
 
-.PHONY: help demo bench bench-short test check lint test-cpp test-python dev format clean
+.PHONY: help demo bench bench-short bench-lmcache test check lint test-cpp test-python dev format clean
 help:
 	@echo 'make demo    a KV cache through fastkv and redis-py, side by side'
 	@echo 'make bench   beside its peers and the raw ceiling, half an hour; bench-short: three minutes'
+	@echo 'make bench-lmcache  beside LMCache'"'"'s own clients, measured by LMCache'
 	@echo 'make test    lint, types, C++ tests, Python tests'
 	@echo 'make dev     editable build with assertions on'
 	@echo 'make format  what the formatters do'
@@ -25,6 +26,10 @@ bench: $(BIN)/.bench
 bench-short: $(BIN)/.bench
 	$(BIN)/python -m bench.run --short
 
+# Beside LMCache's own clients, measured by LMCache; a quarter of an hour.
+bench-lmcache: $(BIN)/.bench $(BIN)/.lmcache
+	PYTHONHASHSEED=0 $(BIN)/python -m bench.lmcache_bench
+
 test check: lint test-cpp test-python
 
 # What pip cannot install: a compiler, Python's headers and venv.
@@ -35,6 +40,13 @@ $(BIN)/python:
 
 $(BIN)/.demo: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install -q -e '.[demo]'
+	@touch $@
+
+# LMCache as it runs without a GPU: pip would bring CUDA, and what talks to it.
+$(BIN)/.lmcache: $(BIN)/python bench/lmcache-requirements.txt
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q --no-deps lmcache==0.5.6
+	$(BIN)/python -m pip install -q -r bench/lmcache-requirements.txt
 	@touch $@
 
 # LMCache's client needs torch, and nothing else of what LMCache asks for.

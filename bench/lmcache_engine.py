@@ -24,6 +24,10 @@ from lmcache.v1.config import LMCacheEngineConfig
 from lmcache.v1.gpu_connector.gpu_connectors import GPUConnectorInterface
 from lmcache.v1.metadata import LMCacheMetadata
 
+# Copies between chunks and "GPU" by more threads than there are idle cores would take
+# ten times as long.
+torch.set_num_threads(1)
+
 _HIDDEN = 1024  # bfloat16 elements a token, layer, and K or V
 _LAYERS = 8
 TOKEN_BYTES = 2 * _LAYERS * _HIDDEN * 2
@@ -77,6 +81,45 @@ def fastkv_plugin(url: str, **settings: Any) -> dict[str, Any]:
     return {"remote_storage_plugins": ["fastkv"], "extra_config": extra}
 
 
+def allocated(engine: Any) -> int:
+    """Bytes of LMCache's memory that somebody holds: 0 when all stores are over."""
+    allocator = remote_backend(engine).local_cpu_backend.memory_allocator
+    size: int = allocator.pin_allocator.address_manager.total_allocated_size
+    return size
+
+
+def remote_backend(engine: Any) -> Any:
+    """Its only tier."""
+    (backend,) = (
+        backend
+        for name, backend in engine.storage_manager.storage_backends.items()
+        if name.startswith("RemoteBackend")
+    )
+    return backend
+
+
+def poison(engine: Any) -> None:
+    """Overwrite all memory that the engine has free. Else what nobody has filled would
+    still hold the chunks that were stored from it.
+    """
+    backend = remote_backend(engine)
+    local, connector = (
+        backend.local_cpu_backend,
+        backend.connection.getWrappedConnector(),
+    )
+    free = []
+    while True:
+        memory = local.allocate(
+            connector.meta_shapes, connector.meta_dtypes, busy_loop=False
+        )
+        if memory is None:
+            break
+        memory.raw_data.fill_(0x5A)
+        free.append(memory)
+    for memory in free:
+        memory.ref_count_down()
+
+
 @contextlib.contextmanager
 def engine(
     chunk_tokens: int, memory_bytes: int = 1 << 30, **config: Any
@@ -112,4 +155,10 @@ def engine(
         made.post_init()
         yield made
     finally:
+        backend = remote_backend(made)
+        if backend.remote_url.startswith(("resp://", "mock://")):
+            # Their close() waits for ever, for the event loop that it runs on.
+            backend.close = lambda: None
+            if backend.remote_url.startswith("resp://"):
+                backend.connection.getWrappedConnector().client.close()
         LMCacheEngineBuilder.destroy(name)

@@ -26,6 +26,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 # Which servers must be there, else the run fails: beginnings of their names, such as
 # "redis-7,redis-8,valkey-8", or "1" for any.
 REQUIRED = os.environ.get("FASTKV_REQUIRE_SERVER", "")
+# Likewise what tests would else be skipped for, such as "torch,lmcache".
+REQUIRED_MODULES = os.environ.get("FASTKV_REQUIRE_MODULES", "")
 SERVERS = find_servers()
 
 
@@ -34,8 +36,8 @@ def pytest_configure() -> None:
     for wanted in REQUIRED.split(",") if REQUIRED else []:
         if not (names if wanted == "1" else [n for n in names if n.startswith(wanted)]):
             raise pytest.UsageError(f"no server {wanted!r} among {names}")
-    if os.environ.get("FASTKV_REQUIRE_TORCH") == "1":
-        importlib.import_module("torch")
+    for module in filter(None, REQUIRED_MODULES.split(",")):
+        importlib.import_module(module)
 
 
 @dataclass(frozen=True)
