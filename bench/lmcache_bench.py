@@ -38,8 +38,10 @@ MIB = 1 << 20
 SIZES = [s * MIB for s in (1, 2, 4, 8, 16, 32)]
 BATCH = 128 * MIB
 _NOTHING = "LMCache alone"  # its mock backend
+_CHECKED = "fastkv, checksum"
 _COLORS = {
     "fastkv": "tab:red",
+    _CHECKED: "tab:orange",
     "resp": "tab:blue",
     "valkey": "tab:purple",
     _NOTHING: "black",
@@ -50,13 +52,15 @@ _COLORS = {
 
 
 def _specs(port: int) -> dict[str, Row]:
+    ours = {
+        "type": "native_plugin",
+        "module_path": "fastkv.lmcache",
+        "class_name": "NativeClient",
+    }
+    url = f"redis://127.0.0.1:{port}"
     return {
-        "fastkv": {
-            "type": "native_plugin",
-            "module_path": "fastkv.lmcache",
-            "class_name": "NativeClient",
-            "adapter_params": {"url": f"redis://127.0.0.1:{port}"},
-        },
+        "fastkv": {**ours, "adapter_params": {"url": url}},
+        _CHECKED: {**ours, "adapter_params": {"url": url, "checksum": True}},
         "resp": {"type": "resp", "host": "127.0.0.1", "port": port},
         "valkey": {"type": "valkey", "startup_nodes": f"127.0.0.1:{port}"},
         _NOTHING: {"type": "mock", "max_size_gb": 4, "mock_bandwidth_gb": 1e6},
@@ -126,8 +130,10 @@ def measure_lookups(server: PrivateServer, repeats: int) -> Row:
 def _configurations(port: int) -> dict[str, Row]:
     raw = {"extra_config": {"save_chunk_meta": False}}
     mock = "mock://8/?peeking_latency=0&read_throughput=1000&write_throughput=1000"
+    plugin, url = lmcache_engine.fastkv_plugin, f"redis://127.0.0.1:{port}"
     return {
-        "fastkv": lmcache_engine.fastkv_plugin(f"redis://127.0.0.1:{port}"),
+        "fastkv": plugin(url),
+        _CHECKED: plugin(url, checksum=True, key_prefix="checked:"),
         "resp": {"remote_url": f"resp://127.0.0.1:{port}", **raw},
         "valkey": {"remote_url": f"valkey://127.0.0.1:{port}", **raw},
         _NOTHING: {"remote_url": mock, **raw},
@@ -135,7 +141,9 @@ def _configurations(port: int) -> dict[str, Row]:
 
 
 def measure_engine(server: PrivateServer, size: int, rounds: int) -> Row:
-    """`LMCacheEngine.retrieve` of a prompt of `BATCH` bytes, all backends in turn."""
+    """`LMCacheEngine.retrieve` of a prompt of `BATCH` bytes, all backends in turn: of the
+    same chunks, as keys and values are; those with checksums lie beside.
+    """
     tokens = list(range(BATCH // lmcache_engine.TOKEN_BYTES))
     kv = lmcache_engine.random_kv(len(tokens), size)
     got = torch.zeros_like(kv)
@@ -155,7 +163,6 @@ def measure_engine(server: PrivateServer, size: int, rounds: int) -> Row:
             )
             engines[name] = made
             made.store(tokens, kv=kv)
-            # (A lookup by resp:// may wait for ever: its wake-up gets lost.)
             deadline = time.monotonic() + 60
             while lmcache_engine.allocated(made) > 0:
                 assert time.monotonic() < deadline, f"{name} has not stored"
@@ -240,7 +247,8 @@ def plot(report: Row, path: Path) -> None:
         max(figures[name]["load"])
         for way in ("l2", "engine")
         for figures in report[way].values()
-        for name in ("fastkv", "resp", "valkey")
+        for name in figures
+        if name != _NOTHING
     )
     axes[0].set_ylim(0, 1.6 * top)  # LMCache alone may be far above
     axes[0].set_ylabel("GB/s")

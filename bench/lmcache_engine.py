@@ -7,6 +7,7 @@ one whose "GPU" is a tensor in memory.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import uuid
@@ -153,6 +154,8 @@ def engine(
     )
     try:
         made.post_init()
+        if remote_backend(made).remote_url.startswith("resp://"):
+            _mend_lookups(remote_backend(made).connection.getWrappedConnector().client)
         yield made
     finally:
         backend = remote_backend(made)
@@ -162,3 +165,13 @@ def engine(
             if backend.remote_url.startswith("resp://"):
                 backend.connection.getWrappedConnector().client.close()
         LMCacheEngineBuilder.destroy(name)
+
+
+def _mend_lookups(client: Any) -> None:
+    # LMCache's own looks for the answer to a lookup only when it may have come and gone,
+    # and then waits for ever. On the event loop nothing comes in between.
+    def batch_exists_sync(keys: list[str]) -> Any:
+        looking = client.batch_exists(keys)
+        return asyncio.run_coroutine_threadsafe(looking, client.loop).result()
+
+    client.batch_exists_sync = batch_exists_sync
