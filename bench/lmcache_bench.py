@@ -141,8 +141,8 @@ def _configurations(port: int) -> dict[str, Row]:
 
 
 def measure_engine(server: PrivateServer, size: int, rounds: int) -> Row:
-    """`LMCacheEngine.retrieve` of a prompt of `BATCH` bytes, all backends in turn: of the
-    same chunks, as keys and values are; those with checksums lie beside.
+    """`LMCacheEngine.retrieve` of a prompt of `BATCH` bytes, all backends in turn, of
+    the same chunks; those with checksums lie beside.
     """
     tokens = list(range(BATCH // lmcache_engine.TOKEN_BYTES))
     kv = lmcache_engine.random_kv(len(tokens), size)

@@ -168,7 +168,7 @@ def engine(
 
 
 def _mend_lookups(client: Any) -> None:
-    # LMCache's own looks for the answer to a lookup only when it may have come and gone,
+    # LMCache's own looks for an answer only when it may have come and gone already,
     # and then waits for ever. On the event loop nothing comes in between.
     def batch_exists_sync(keys: list[str]) -> Any:
         looking = client.batch_exists(keys)
