@@ -117,6 +117,7 @@ def poison(engine: Any) -> None:
             break
         memory.raw_data.fill_(0x5A)
         free.append(memory)
+    assert free, "all memory is taken"
     for memory in free:
         memory.ref_count_down()
 

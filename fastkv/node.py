@@ -244,11 +244,12 @@ class Node:
     def close(self) -> None:
         """Complete what is pending with an error, join the threads. Idempotent."""
         with self._lock:
-            if self.closed:
-                return
-            self.closed = True
+            already, self.closed = self.closed, True
             futures, self._futures = self._futures, None
             loops, self._loops = self._loops, []
+        if already:
+            self._engine.close()  # whoever is at it: no batch is pending afterwards
+            return
         self._finalizer.detach()
         self._engine.close()
         self._connector.close(_PATIENCE)

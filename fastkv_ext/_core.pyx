@@ -501,6 +501,8 @@ cdef class Engine:
 
     def close(self):
         """Complete every batch, with an error if need be, and join the threads. Idempotent."""
+        if self.forked:
+            return
         with nogil:
             self.cpp.close()
 

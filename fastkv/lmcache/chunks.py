@@ -26,7 +26,7 @@ from fastkv._core import Batch, Command
 from fastkv.client import Redis
 from fastkv.connector import make_connection
 from fastkv.errors import TileError, ValueSizeError
-from fastkv.lmcache.settings import Settings
+from fastkv.lmcache.settings import Secret, Settings
 from fastkv.node import Node
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Request:
         memories: The chunks, with ``checksum``; empty otherwise.
         checksums: `CHECKSUM_BYTES` for each of them.
         sizes_vary: Another length is no trouble.
+        counted: It is a chunk that somebody wants.
     """
 
     batch: Batch
@@ -62,6 +63,7 @@ class Request:
     memories: Sequence[Buffer] = ()
     checksums: bytearray = field(default_factory=bytearray)
     sizes_vary: bool = False
+    counted: bool = True
 
     @property
     def stores(self) -> bool:
@@ -105,7 +107,17 @@ class ChunkStore:
         self.settings = settings
         if settings.checksum:
             _xxh3(b"")  # says now that it is not installed
-        self._client = Redis.from_url(settings.url, **settings.client_arguments())
+        arguments = settings.client_arguments()
+        self._secret: Secret | None = arguments.get("credential_provider")
+        try:
+            self._client = Redis.from_url(settings.url, **arguments)
+        except ValueError as error:
+            if "Port could not be cast" not in str(error):
+                raise
+            # What it says may be part of a password.
+            raise ValueError(
+                "url: expected a number as port; in a password, / ? # @ must be encoded"
+            ) from None
         self._encoder = self._client.get_encoder()
         self._closed = False
         self._suspect = False
@@ -114,6 +126,9 @@ class ChunkStore:
         self._logged: dict[str, tuple[float, int]] = {}
         try:
             # redis-py would find out about a wrong argument at the first connect.
+            kwargs = self._client.connection_pool.connection_kwargs
+            for name in ("socket_timeout", "socket_connect_timeout"):
+                _check_seconds(name, kwargs.get(name))
             make_connection(self._client.connection_pool, lambda: None)
             self.node  # noqa: B018 - starts the threads, so that no submit has to
         except BaseException:
@@ -127,19 +142,27 @@ class ChunkStore:
         Raises:
             redis.exceptions.ConnectionError: The store was closed.
         """
-        if self._closed:
+        node = None if self._closed else self._client._node()
+        if node is None or self._closed:
+            # Or it was closed while a node was made.
+            self._client.close()
             raise ConnectionError("The store was closed.")
-        return self._client._node()
+        return node
 
     def close(self) -> None:
         """Complete what is pending with an error, join the threads. Idempotent."""
         self._closed = True
         self._client.close()
 
+    def after_fork_in_child(self) -> None:
+        """The thread that may have held the lock does not exist here."""
+        self._lock = threading.Lock()
+
     def counts(self) -> dict[str, int]:
         """Chunks since the start, by what became of them: ``loaded``, ``missed``,
-        ``found``, ``not_found``, ``stored``, ``deleted``, ``wrong_size``, ``corrupt``
-        (a wrong checksum), ``refused`` (an error reply) and ``failed`` (no answer).
+        ``found``, ``not_found``, ``stored``, ``deleted``, ``not_deleted``,
+        ``wrong_size``, ``corrupt`` (a wrong checksum), ``refused`` (an error reply),
+        ``no_memory`` (LMCache had none to load into) and ``failed`` (no answer).
         """
         with self._lock:
             return dict(self._counts)
@@ -149,7 +172,10 @@ class ChunkStore:
         prefix = self.settings.key_prefix
         pattern = re.sub(r"([\\*?\[\]^-])", r"\\\1", prefix) + "*"
         found = self._client.scan_iter(match=pattern, count=1000)
-        return [bytes(key).decode("utf-8", "replace")[len(prefix) :] for key in found]
+        names = (
+            k if isinstance(k, str) else k.decode("utf-8", "replace") for k in found
+        )
+        return [name[len(prefix) :] for name in names]
 
     # --- requests --------------------------------------------------------------------
 
@@ -180,6 +206,12 @@ class ChunkStore:
         batch = commands.exists(self._encoder, self._names(keys))
         seconds = _SUSPECT_SECONDS if self._suspect else _LOOKUP_SECONDS
         return Request(batch, min(seconds, self.settings.timeout))
+
+    def probe(self, key: str) -> Request:
+        """To see whether the server answers a lookup."""
+        request = self.exists([key])
+        request.counted = False
+        return request
 
     def delete(self, keys: Sequence[str]) -> Request:
         """To delete chunks."""
@@ -244,7 +276,7 @@ class ChunkStore:
             if outcome.hits[index] and request.checksum(index) != _xxh3(memory):
                 outcome.hits[index] = False
                 name = request.batch.keys[index]
-                self._note("corrupt", 1, f"the checksum of {name!r} is wrong")
+                self.complain("corrupt", 1, f"the checksum of {name!r} is wrong")
                 self._count("loaded", -1)
 
     # --- outcomes --------------------------------------------------------------------
@@ -262,20 +294,22 @@ class ChunkStore:
         outcome = Outcome([False] * keys, True, "")
         troubles = 0
         if isinstance(result, TileError):
-            outcome.error = str(result)
+            outcome.error = self._redacted(str(result))
             outcome.hits = [entry is True for entry in result.outcomes]
             self._settle_errors(request, outcome, result)
             troubles = len(result.errors)
         elif isinstance(result, Exception):
             outcome.answered = False
-            outcome.error = f"{type(result).__name__}: {result}"
-            self._note("failed", keys, f"{command.name} of {keys}: {outcome.error}")
+            outcome.error = self._redacted(f"{type(result).__name__}: {result}")
+            text = f"{command.name} of {keys}: {outcome.error}"
+            self.complain("failed", keys if request.counted else 0, text)
             troubles = keys
         else:
             outcome.hits = result
         hits = sum(outcome.hits)
-        self._count(yes, hits)
-        self._count(no, keys - hits - troubles)
+        if request.counted:
+            self._count(yes, hits)
+            self._count(no, keys - hits - troubles)
         if keys > 0:
             self._suspect = not outcome.answered
         return outcome
@@ -294,14 +328,24 @@ class ChunkStore:
                 by_kind["wrong_size"].append(error)
         for kind, errors in by_kind.items():
             if errors:
-                self._note(kind, len(errors), str(result))
+                counted = len(errors) if request.counted else 0
+                self.complain(kind, counted, outcome.error)
 
     def _count(self, kind: str, chunks: int) -> None:
         if chunks:
             with self._lock:
                 self._counts[kind] += chunks
 
-    def _note(self, kind: str, chunks: int, text: str) -> None:
+    def _redacted(self, text: str) -> str:
+        # A server that does not know AUTH repeats what was sent with it.
+        password = self._client.connection_pool.connection_kwargs.get("password")
+        for secret in (password, self._secret and self._secret.last):
+            if secret:
+                text = text.replace(str(secret), "***")
+        return text
+
+    def complain(self, kind: str, chunks: int, text: str) -> None:
+        """Count a trouble, and log it once in a while."""
         self._count(kind, chunks)
         now = time.monotonic()
         with self._lock:
@@ -320,6 +364,13 @@ _NAMES = {
     Command.EXISTS: ("found", "not_found"),
     Command.UNLINK: ("deleted", "not_deleted"),
 }
+
+
+def _check_seconds(name: str, value: object) -> None:
+    # Without a time-out, a server that says nothing would keep a store for ever.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not value > 0:  # type: ignore[operator]  # mypy loses the number
+        raise ValueError(f"{name}: expected seconds above 0, got {value!r}")
 
 
 def _xxh3(data: Buffer) -> bytes:

@@ -9,7 +9,8 @@ others on whatever thread calls them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lmcache.v1.storage_backend.connector import ConnectorAdapter, ConnectorContext
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Hits: TypeAlias = list[bool]
 Keys: TypeAlias = "Sequence[CacheEngineKey]"
 Loaded: TypeAlias = "list[MemoryObj | None]"
+Objects: TypeAlias = "list[MemoryObj]"
 
 _PLUGIN = "plugin://"
 _SCHEMES = ("fastkv://", "fastkvs://")
@@ -78,7 +80,8 @@ class FastKVAdapter(ConnectorAdapter):  # type: ignore[misc]  # LMCache is untyp
         given = {
             key.removeprefix(prefix): value
             for key, value in extra.items()
-            if key.startswith(prefix)
+            # (What has another dot belongs to another backend, "fastkv.b" say.)
+            if key.startswith(prefix) and "." not in key.removeprefix(prefix)
         }
         for key in ("module_path", "class_name"):
             given.pop(key, None)
@@ -101,6 +104,8 @@ class FastKVConnector(RemoteConnector):  # type: ignore[misc]  # LMCache is unty
         super().__init__(context.config, context.metadata)
         self._memory = context.local_cpu_backend
         self._partial = bool(context.config.save_unfull_chunk)
+        # LMCache's keys begin so, and an ACL may allow no other.
+        self._probe = f"{context.metadata.model_name}@fastkv-ping"
         self._patience = _SHARE_OF_TIMEOUT * context.config.blocking_timeout_secs
         self._store = ChunkStore(settings)
 
@@ -140,7 +145,7 @@ class FastKVConnector(RemoteConnector):  # type: ignore[misc]  # LMCache is unty
 
         (A PING would succeed for a user who may not read.)
         """
-        outcome = await self._run(self._store.exists(["fastkv:ping"]))
+        outcome = await self._run(self._store.probe(self._probe))
         return 1 if outcome.error else 0
 
     # --- loads -----------------------------------------------------------------------
@@ -159,17 +164,26 @@ class FastKVConnector(RemoteConnector):  # type: ignore[misc]  # LMCache is unty
             memory for.
         """
         names = _names(keys)
-        objects = self._allocate(len(keys))
+        ends = time.monotonic() + self._patience
+        objects: Objects = []
         loaded: Loaded = []
         try:
+            self._allocate(len(keys), objects)
             memories = [memory.byte_array for memory in objects]
-            outcome = await self._load(names[: len(objects)], memories, self._partial)
+            outcome = await self._load(
+                names[: len(objects)], memories, ends, self._partial
+            )
             if self._partial and outcome.sizes:
-                await self._load_partial(names, objects, outcome)
+                await self._load_partial(names, objects, ends, outcome)
             loaded = [
                 memory if hit else None
                 for memory, hit in zip(objects, outcome.hits, strict=True)
             ]
+        except GeneratorExit:
+            # Thrown away with its event loop: nobody can say when the last thread has
+            # let go of the memory, so it must never be used again.
+            objects.clear()
+            raise
         finally:
             # No thread of ours touches them any more, also when this was cancelled.
             for i, memory in enumerate(objects):
@@ -223,43 +237,61 @@ class FastKVConnector(RemoteConnector):  # type: ignore[misc]  # LMCache is unty
 
     # --- details ---------------------------------------------------------------------
 
-    def _allocate(self, count: int) -> Sequence[MemoryObj]:
+    def _allocate(self, count: int, objects: Objects) -> None:
         # As many as there are. Waiting for more would stop the event loop, and with it
         # those who would give memory back.
-        objects = []
-        for _ in range(count):
+        while len(objects) < count:
             memory = self._memory.allocate(
                 self.meta_shapes, self.meta_dtypes, self.meta_fmt, busy_loop=False
             )
             if memory is None:
-                break
+                missing = count - len(objects)
+                text = f"LMCache has no memory for {missing} of {count} chunks"
+                self._store.complain("no_memory", missing, text)
+                return
             objects.append(memory)
-        return objects
 
     async def _load(
-        self, names: Sequence[str], memories: Sequence[Any], sizes_vary: bool
+        self,
+        names: Sequence[str],
+        memories: Sequence[Any],
+        ends: float,
+        sizes_vary: bool,
     ) -> Outcome:
+        within = max(ends - time.monotonic(), 0.001)
         request = self._store.load(
-            names, memories, within=self._patience, sizes_vary=sizes_vary
+            names, memories, within=within, sizes_vary=sizes_vary
         )
         outcome = await self._run(request)
         if request.memories and any(outcome.hits):
-            await asyncio.to_thread(self._store.verify, request, outcome)
+            await _in_thread(self._store.verify, request, outcome)
         return outcome
 
     async def _load_partial(
-        self, names: Sequence[str], objects: Sequence[MemoryObj], outcome: Outcome
+        self,
+        names: Sequence[str],
+        objects: Sequence[MemoryObj],
+        ends: float,
+        outcome: Outcome,
     ) -> None:
         # The last chunk of a prompt may be shorter; LMCache knows no length in advance.
         partial = []
         for index, size in outcome.sizes.items():
-            try:
-                self.reshape_partial_chunk(objects[index], size)
-            except ValueError:
-                continue  # no whole number of tokens: not LMCache's
+            if (
+                size <= 0
+                or size % self.single_token_size
+                or size > self.full_chunk_size_bytes
+            ):
+                text = f"{names[index]!r} has {size} bytes, no whole number of tokens"
+                self._store.complain("wrong_size", 1, text)
+                continue
+            self.reshape_partial_chunk(objects[index], size)
             partial.append(index)
         again = await self._load(
-            [names[i] for i in partial], [objects[i].byte_array for i in partial], False
+            [names[i] for i in partial],
+            [objects[i].byte_array for i in partial],
+            ends,
+            False,
         )
         for index, hit in zip(partial, again.hits, strict=True):
             outcome.hits[index] = hit
@@ -269,7 +301,7 @@ class FastKVConnector(RemoteConnector):  # type: ignore[misc]  # LMCache is unty
     ) -> Outcome:
         request = self._store.store(_names(keys), [m.byte_array for m in objects])
         if request.memories:
-            await asyncio.to_thread(self._store.seal, request)
+            await _in_thread(self._store.seal, request)
         return await self._run(request)
 
     async def _hits(self, request: Request) -> Sequence[bool]:
@@ -290,6 +322,22 @@ class FastKVConnector(RemoteConnector):  # type: ignore[misc]  # LMCache is unty
         except Exception as error:
             result = error
         return self._store.settle(request, result)
+
+
+async def _in_thread(work: Callable[..., None], *args: Any) -> None:
+    """Await work in a thread. When cancelled, not before it has ended: the memory that
+    it looks at is given back then.
+    """
+    working = asyncio.ensure_future(asyncio.to_thread(work, *args))
+    try:
+        await asyncio.shield(working)
+    except asyncio.CancelledError:
+        while not working.done():
+            try:
+                await asyncio.wait([working])
+            except asyncio.CancelledError:
+                pass  # one is raised in any case
+        raise
 
 
 def _names(keys: Sequence[CacheEngineKey]) -> list[str]:

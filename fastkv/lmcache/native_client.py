@@ -8,10 +8,13 @@ thread of LMCache's polls `NativeClient.event_fd` and drains. The contract is th
 from __future__ import annotations
 
 import itertools
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from redis.exceptions import ConnectionError
 
 from fastkv._core import CompletionQueue
 from fastkv.lmcache.chunks import ChunkStore, Outcome, Request
@@ -49,17 +52,22 @@ class NativeClient:
             hashes of content: see `fastkv.Redis.batch_tile_get`.
         checksum: Store and check a checksum with each chunk: see
             `fastkv.lmcache.chunks`. Chunks stored without are misses.
-        timeout: Seconds for a batch of loads or deletes. Lookups get 2 at most; after
-            a failure both get 0.5 until something succeeds. Stores go on as long as
-            bytes move.
+        timeout: Seconds for a batch of loads or deletes. Lookups get 2 at most, and 0.5
+            after a failure until something succeeds. Stores go on as long as bytes
+            move.
         username: For an ACL user.
         password_env: Name of the environment variable with the password.
         password_file: Path of a file with it. Both are read again for each connection.
         **options: Other arguments of `fastkv.Redis.from_url`.
 
     Raises:
-        TypeError, ValueError, redis.exceptions.DataError: A setting is wrong. Nothing
-            is raised for a server that cannot be reached, now or later.
+        TypeError, ValueError, redis.exceptions.DataError, OSError: A setting is wrong,
+            or the password's file cannot be read.
+        ImportError: ``checksum`` without the package xxhash.
+        fastkv.UnsupportedConnection: See there.
+
+    Nothing is raised for a server that cannot be reached, now or later. In a forked
+    child nothing works, and all that was pending at the fork completes as failed.
     """
 
     def __init__(
@@ -97,9 +105,11 @@ class NativeClient:
         self._ids = itertools.count(1)
         self._in_flight: dict[int, tuple[int, Request]] = {}  # by id of the batch
         self._ready: deque[Completion] = deque()  # completed without a batch to drain
-        self._hasher: ThreadPoolExecutor | None = None
+        self._pid = os.getpid()
+        # Of what is stored and of what was loaded: who loads must not wait for stores.
+        self._hashers: list[ThreadPoolExecutor] = []
         if settings.checksum:
-            self._hasher = ThreadPoolExecutor(1, "fastkv-checksum")
+            self._hashers = [ThreadPoolExecutor(1, "fastkv-checksum") for _ in "sl"]
 
     # --- LMCache's interface ---------------------------------------------------------
 
@@ -134,7 +144,8 @@ class NativeClient:
             ``(id, ok, error, bools)``, one bool a key, always. A true one of a get
             means that this memory holds this chunk, even if ``ok`` is false.
         """
-        for batch in self._node.drain(self._queue):
+        drained = self._node.drain(self._queue) if self._at_home() else []
+        for batch in drained:
             future_id, request = self._in_flight.pop(batch.id)
             try:
                 result: list[bool] | Exception = self._node.result(batch)
@@ -146,17 +157,21 @@ class NativeClient:
             else:
                 self._ready.append(_completion(future_id, request, outcome))
         done = []
-        while self._ready:
-            done.append(self._ready.popleft())
-        return done
+        try:
+            while True:
+                done.append(self._ready.popleft())
+        except IndexError:  # another thread may drain, too
+            return done
 
     def close(self) -> None:
         """Complete what is pending, with an error if need be: it can be drained still.
         The descriptor is given back. Idempotent.
         """
-        if self._hasher is not None:
-            self._hasher.shutdown()
-            self._hasher = None
+        if not self._at_home():
+            return
+        hashers, self._hashers = self._hashers, []
+        for hasher in hashers:
+            hasher.shutdown()
         self._store.close()
         self._ready.extend(self.drain_completions())
         self._queue.close()
@@ -169,7 +184,21 @@ class NativeClient:
 
     # --- details ---------------------------------------------------------------------
 
+    def _at_home(self) -> bool:
+        """False in a forked child, which must leave the parent's descriptor alone."""
+        if self._pid == os.getpid():
+            return True
+        self._queue.close_after_fork()
+        self._store.after_fork_in_child()
+        self._hashers = []
+        error = ConnectionError("The client was made before a fork, in the parent.")
+        for future_id, request in list(self._in_flight.values()):
+            self._ready.append(_failure(future_id, len(request.batch), error))
+        self._in_flight.clear()
+        return False
+
     def _submit(self, keys: int, make: Callable[[], Request]) -> int:
+        self._at_home()
         future_id = next(self._ids)
         try:
             request = make()
@@ -209,21 +238,28 @@ class NativeClient:
             except Exception as error:  # out of memory, say
                 self._fail(future_id, len(request.batch), error)
 
+        hashers = self._hashers
         try:
-            if self._hasher is not None:
-                self._hasher.submit(guarded)
+            if hashers:
+                hashers[0 if request.stores else 1].submit(guarded)
                 return
         except RuntimeError:
             pass  # it is being shut down
         guarded()
 
     def _fail(self, future_id: int, keys: int, error: Exception) -> None:
-        text = f"{type(error).__name__}: {error}"
-        self._complete((future_id, False, text, [False] * keys))
+        failure = _failure(future_id, keys, error)
+        self._store.complain("failed", keys, failure[2])
+        self._complete(failure)
 
     def _complete(self, completion: Completion) -> None:
         self._ready.append(completion)
-        self._queue.wake()
+        if self._pid == os.getpid():  # its mutex may be held for ever in a child
+            self._queue.wake()
+
+
+def _failure(future_id: int, keys: int, error: Exception) -> Completion:
+    return (future_id, False, f"{type(error).__name__}: {error}", [False] * keys)
 
 
 def _completion(future_id: int, request: Request, outcome: Outcome) -> Completion:

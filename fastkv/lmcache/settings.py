@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from redis.backoff import ConstantBackoff
+from redis.connection import URL_QUERY_ARGUMENT_PARSERS
 from redis.credentials import CredentialProvider
 from redis.retry import Retry
 
@@ -34,7 +35,7 @@ class Settings:
         redis: Arguments for `fastkv.Redis.from_url`.
     """
 
-    url: str
+    url: str = field(repr=False)  # it, and what follows, may hold a password
     key_prefix: str = ""
     ttl: int | None = None
     immutable: bool = True
@@ -43,7 +44,7 @@ class Settings:
     username: str | None = None
     password_env: str | None = None
     password_file: str | None = None
-    redis: Mapping[str, Any] = field(default_factory=dict)
+    redis: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, url: str, given: Mapping[str, Any]) -> Settings:
@@ -56,16 +57,19 @@ class Settings:
             raise TypeError(f"url: expected a str, got {type(url).__name__}")
         own = {f.name for f in fields(cls)} - {"url", "redis"}
         url, in_query = _take_query(url, own)
-        if urlsplit(url).password:
+        if urlsplit(url).password or "password=" in url or given.get("password"):
             _logger.warning(
-                "the URL holds a password, and LMCache logs its configuration: "
+                "a password stands in the configuration, and LMCache logs that: "
                 "use password_env or password_file"
             )
         taken: dict[str, Any] = {}
         for name, value in {**given, **in_query}.items():
             if name in own and value is not None:
                 taken[name] = _CONVERT[name](name, value)
-        redis = {k: v for k, v in given.items() if k not in own}
+        if "password_env" in taken or "password_file" in taken:
+            url, user = _take_user(url)
+            taken.setdefault("username", user)
+        redis = {k: _parsed(k, v) for k, v in given.items() if k not in own}
         return cls(url, redis=redis, **taken)
 
     def client_arguments(self) -> dict[str, Any]:
@@ -95,6 +99,7 @@ class Secret(CredentialProvider):
         self._username = username
         self._variable = variable
         self._path = path
+        self.last: str | None = None  # to be kept out of messages
         self.get_credentials()  # says now what is missing
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
@@ -107,6 +112,7 @@ class Secret(CredentialProvider):
         else:
             assert self._path is not None
             password = Path(self._path).read_text(encoding="utf-8").rstrip("\r\n")
+        self.last = password
         if self._username is None:
             return (password,)
         return (self._username, password)
@@ -114,25 +120,53 @@ class Secret(CredentialProvider):
 
 def _take_query(url: str, names: set[str]) -> tuple[str, dict[str, str]]:
     """Take the settings ``names`` out of the query, and our schemes off the URL."""
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, rest = url.partition("#")[0].partition("://")
     if not separator:
         raise ValueError("url: expected redis://, rediss://, unix:// or fastkv://")
     head, mark, query = rest.partition("?")
-    kept, taken = [], {}
+    kept: list[str] = []
+    taken: dict[str, str] = {}
     for item in query.split("&"):
         name = unquote(item.partition("=")[0])
         if name in names:
-            taken[name] = dict(parse_qsl(item, keep_blank_values=True))[name]
+            value = dict(parse_qsl(item, keep_blank_values=True))[name]
+            taken.setdefault(name, value)  # the first, as in redis-py
         else:
             kept.append(item)
     rest = head + (mark + "&".join(kept) if any(kept) else "")
     return _SCHEMES.get(scheme, scheme) + separator + rest, taken
 
 
+def _take_user(url: str) -> tuple[str, str | None]:
+    # redis-py takes no user beside a credential provider.
+    user = urlsplit(url).username
+    if user is None or urlsplit(url).password is not None:
+        return url, None
+    scheme, separator, rest = url.partition("://")
+    return scheme + separator + rest.partition("@")[2], unquote(user)
+
+
+def _parsed(name: str, value: object) -> object:
+    """An argument of redis-py's, which may come as text, as in a URL."""
+    parse: Any = URL_QUERY_ARGUMENT_PARSERS.get(name)
+    if parse is None or not isinstance(value, str):
+        return value
+    try:
+        return parse(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected another value than {value!r}") from None
+
+
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
     return value
+
+
+def _name(name: str, value: object) -> str:
+    if not _text(name, value):
+        raise ValueError(f"{name}: expected a name, got nothing")
+    return _text(name, value)
 
 
 def _flag(name: str, value: object) -> bool:
@@ -152,8 +186,8 @@ def _seconds(name: str, value: object) -> float:
         seconds = float(value)
     except ValueError:
         raise ValueError(f"{name}: expected seconds, got {value!r}") from None
-    if not 0 < seconds < 1e9:
-        raise ValueError(f"{name}: expected seconds above 0, got {value!r}")
+    if not 0 < seconds <= 1e9:
+        raise ValueError(f"{name}: expected seconds, above 0 to 1e9, got {value!r}")
     return seconds
 
 
@@ -171,6 +205,6 @@ _CONVERT = {
     "checksum": _flag,
     "timeout": _seconds,
     "username": _text,
-    "password_env": _text,
-    "password_file": _text,
+    "password_env": _name,
+    "password_file": _name,
 }

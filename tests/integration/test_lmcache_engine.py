@@ -21,7 +21,7 @@ import xxhash
 from fastkv import registry
 from fastkv.cli.private_server import PrivateServer
 from tests.conftest import SERVERS, eventually, fastkv_threads
-from tests.scripted import SilentPeer
+from tests.scripted import ModelServer, SilentPeer
 
 pytest.importorskip("torch")
 pytest.importorskip("lmcache")
@@ -393,6 +393,27 @@ def test_a_wrong_password_is_a_miss_and_unhealthy(
         assert one.retrieve() == len(TOKENS)
 
 
+def test_a_user_who_may_only_use_the_models_keys_is_healthy(
+    own_server: PrivateServer, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with own_server.client() as admin:
+        admin.acl_setuser(
+            "lm",
+            enabled=True,
+            passwords=["+pw"],
+            keys=["fastkv-bench@*"],
+            commands=["+@read", "+@write", "+@connection"],
+        )
+        monkeypatch.setenv("LM_PASSWORD", "pw")
+        one = whole(
+            url_of(own_server).replace("//", "//lm@"), password_env="LM_PASSWORD"
+        )
+        assert RemoteBackendHealthCheck(one.backend).check() is True
+        assert one.connector.counts() == {}
+        one.store()
+        assert one.retrieve() == len(TOKENS)
+
+
 def test_a_store_that_fails_is_counted_by_lmcache(
     own_server: PrivateServer, whole: Any
 ) -> None:
@@ -424,6 +445,90 @@ def test_a_cancelled_load_gives_its_memory_back_when_nobody_writes_it(
         assert one.allocated() == 8 * BYTES
         loading.cancel()
         assert eventually(lambda: one.allocated() == 0)
+
+
+class Trickle(ModelServer):
+    """Sends its values slowly, until it is told to stop."""
+
+    def __init__(self) -> None:
+        self.sending = threading.Event()
+        self.stop = threading.Event()
+        super().__init__(seed=1)
+
+    def answer(self, connection: Any, command: list[bytes]) -> bool:
+        if command[0] not in (b"GET", b"GETRANGE"):
+            return super().answer(connection, command)
+        size = BYTES
+        if command[0] == b"GETRANGE":
+            size = min(int(command[3]) + 1, BYTES) - int(command[2])
+        connection.sendall(b"$%d\r\n" % size)
+        for _ in range(size // 64):
+            connection.sendall(b"x" * 64)
+            self.sending.set()
+            if self.stop.wait(0.0001):
+                break
+        self.stop.wait()  # the end never comes
+        return False
+
+
+@pytest.mark.parametrize("how", ["cancelled", "timed out"])
+def test_memory_goes_back_only_when_no_thread_writes_it(whole: Any, how: str) -> None:
+    with Trickle() as peer:
+        one = whole(
+            f"redis://127.0.0.1:{peer.port}", config={"blocking_timeout_secs": 1}
+        )
+        engine = one.connector._store.node._engine
+        in_flight = []
+        local = one.backend.local_cpu_backend
+        free = local.memory_allocator.free
+
+        def watch(memory: Any, *args: Any) -> None:
+            in_flight.append(engine.batches_in_flight)
+            free(memory, *args)
+
+        local.memory_allocator.free = watch
+        begin = time.monotonic()
+        loading = asyncio.run_coroutine_threadsafe(
+            one.backend.connection.batched_get(one.keys), one.backend.loop
+        )
+        assert peer.sending.wait(10)
+        if how == "cancelled":
+            loading.cancel()
+        else:
+            # Before LMCache's own time-out, after which nobody would take the answer.
+            assert loading.result(10) == [None] * 8
+            assert 0.85 < time.monotonic() - begin < 0.99
+        assert eventually(lambda: one.allocated() == 0)
+        assert in_flight == [0] * 8
+        peer.stop.set()
+
+
+def test_what_lmcache_had_no_memory_for_is_counted_and_nothing_leaks(
+    server: PrivateServer, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = whole(url_of(server))
+    one.store()
+    local = one.backend.local_cpu_backend
+    allocate = local.allocate
+    calls = iter(range(100))
+
+    def scarce(*args: Any, **kwargs: Any) -> Any:
+        return allocate(*args, **kwargs) if next(calls) < 3 else None
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) < 6:
+            return allocate(*args, **kwargs)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(local, "allocate", scarce)
+    loaded = one.backend.batched_get_blocking(one.keys)
+    assert [memory is not None for memory in loaded] == [True] * 3 + [False] * 5
+    assert one.connector.counts()["no_memory"] == 5
+    for memory in loaded[:3]:
+        memory.ref_count_down()
+    monkeypatch.setattr(local, "allocate", broken)
+    assert one.backend.batched_get_blocking(one.keys) == [None] * 8
+    assert one.allocated() == 0
 
 
 def test_closing_while_a_load_waits_makes_misses(whole: Any) -> None:
@@ -466,6 +571,7 @@ def test_a_short_value_that_is_no_chunk_is_a_miss(
     one = whole(url_of(server), config={"save_unfull_chunk": True})
     plain.set(one.keys[0].to_string(), b"x" * (TOKEN_BYTES + 1))
     assert one.retrieve() == 0
+    assert one.connector.counts()["wrong_size"] == 1
     assert one.allocated() == 0
 
 
@@ -492,6 +598,9 @@ def connect(url: str, plugin_name: str | None = None, **config: Any) -> Any:
         loop.close()
 
 
+TTL = "remote_storage_plugin.fastkv.ttl"
+
+
 def test_every_way_to_name_it() -> None:
     plugin = fastkv_plugin("redis://127.0.0.1:1/2", ttl=5)
     made = connect("plugin://fastkv", "fastkv", **plugin)
@@ -507,13 +616,12 @@ def test_every_way_to_name_it() -> None:
     extra = {
         k.replace("fastkv.b.lmcache", "fastkv.lmcache"): v for k, v in extra.items()
     }
-    made = connect(
-        "plugin://fastkv.b",
-        "fastkv.b",
-        remote_storage_plugins=["fastkv.b"],
-        extra_config=extra,
-    )
-    assert made._store.settings.ttl == 5
+    both = {
+        "remote_storage_plugins": ["fastkv", "fastkv.b"],
+        "extra_config": extra | plugin["extra_config"] | {TTL: 6},
+    }
+    assert connect("plugin://fastkv.b", "fastkv.b", **both)._store.settings.ttl == 5
+    assert connect("plugin://fastkv", "fastkv", **both)._store.settings.ttl == 6
 
 
 @pytest.mark.parametrize(

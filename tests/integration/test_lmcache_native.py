@@ -151,6 +151,19 @@ def test_prefix_and_ttl(server: PrivateServer, plain: redis.Redis, demux: Any) -
     assert bytes(got) == b"x"
 
 
+@pytest.mark.parametrize("immutable", [True, False])
+def test_chunks_are_read_without_watching_them_unless_they_may_change(
+    own_server: PrivateServer, demux: Any, immutable: bool
+) -> None:
+    lm = demux(f"redis://127.0.0.1:{own_server.port}", immutable=immutable)
+    lm.set(["a"], [bytes(1 << 20)])
+    assert lm.get(["a"], [memory(1 << 20)]) == [True]
+    with own_server.client() as admin:
+        stats = admin.info("commandstats")
+    assert "cmdstat_getrange" in stats
+    assert ("cmdstat_watch" in stats) is not immutable
+
+
 def test_many_threads_submit_and_each_completes_once(
     server: PrivateServer, demux: Any
 ) -> None:
@@ -343,6 +356,20 @@ def test_row_10_a_wrong_password_is_a_miss_until_it_is_right(
         assert lm.set(["a"], [b"x"]) == [True]
 
 
+def test_a_server_that_repeats_the_password_does_not_get_it_into_the_log(
+    binary: ServerBinary,
+    demux: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LM_PASSWORD", "hush-hush")
+    with PrivateServer(binary, "--rename-command", "AUTH", "") as server:
+        lm = demux(f"redis://127.0.0.1:{server.port}", password_env="LM_PASSWORD")
+        _, error, _ = lm.wait(lm.client.submit_batch_exists(["a"]))
+    assert "unknown command" in error
+    assert "hush" not in error + caplog.text
+
+
 def test_row_10_a_refused_connection_or_an_unknown_host_is_a_miss(
     demux: Any,
 ) -> None:
@@ -436,15 +463,33 @@ def test_row_14_close_completes_what_is_pending(demux: Any) -> None:
         assert lm.done[late][2] == [False]
 
 
-def test_row_14_a_forked_child_does_not_hang(server: PrivateServer, demux: Any) -> None:
-    lm = demux(f"redis://127.0.0.1:{server.port}")
+@pytest.mark.parametrize("checksum", [False, True])
+def test_row_14_a_forked_child_hangs_neither_itself_nor_its_parent(
+    server: PrivateServer, demux: Any, checksum: bool
+) -> None:
+    lm = demux(f"redis://127.0.0.1:{server.port}", checksum=checksum)
     assert lm.set(["a"], [b"x"]) == [True]
+    pending = [lm.client.submit_batch_exists(["a"]) for _ in range(2)]
+    # Completed, and not drained yet, when the child is made.
+    assert select.select([lm.client.event_fd()], [], [], 10)[0]
     child = os.fork()
     if child == 0:
-        future_id = lm.client.submit_batch_exists(["a"])
-        done = lm.client.drain_completions()
-        os._exit(0 if [d[:2] for d in done] == [(future_id, False)] else 1)
+        code = 1
+        try:
+            pending += [
+                lm.client.submit_batch_exists(["a"]),
+                lm.client.submit_batch_set(["a"], [b"x"]),
+                lm.client.submit_batch_get(["a"], [memory(1)]),
+            ]
+            done = lm.client.drain_completions()
+            lm.client.close()
+            failed = [future_id for future_id, ok, _, _ in done if not ok]
+            code = 0 if sorted(failed) == pending else 2
+        finally:
+            os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
+    for future_id in pending:
+        assert lm.wait(future_id) == (True, "", [True])
     assert lm.exists(["a"]) == [True]
 
 

@@ -42,7 +42,12 @@ def test_what_is_left_of_the_url_is_redis_pys(url: str, plain: str) -> None:
     ("given", "error", "text"),
     [
         ({"ttl": 1.5}, ValueError, "ttl: expected whole seconds, got 1.5"),
-        ({"ttl": 0}, ValueError, "ttl: expected seconds above 0, got 0"),
+        ({"ttl": 0}, ValueError, "ttl: expected seconds, above 0 to 1e9, got 0"),
+        ({"ttl": 1e10}, ValueError, "ttl: expected seconds, above 0 to 1e9"),
+        ({"socket_timeout": None}, ValueError, "socket_timeout: expected seconds"),
+        ({"socket_timeout": -1}, ValueError, "socket_timeout: expected seconds"),
+        ({"socket_timeout": "soon"}, ValueError, "socket_timeout: .*'soon'"),
+        ({"password_env": ""}, ValueError, "password_env: expected a name"),
         ({"ttl": "soon"}, ValueError, "ttl: expected seconds, got 'soon'"),
         ({"timeout": True}, TypeError, "timeout: expected seconds, got bool"),
         ({"checksum": "perhaps"}, TypeError, "checksum: expected true or false"),
@@ -73,14 +78,41 @@ def test_two_passwords_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         NativeClient("redis://:other@127.0.0.1:1", password_env="SECRET")
 
 
-def test_a_password_in_the_url_is_warned_of_and_not_shown(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize(
+    ("url", "given"),
+    [
+        ("redis://:hush@127.0.0.1:1", {}),
+        ("redis://127.0.0.1:1?password=hush", {}),
+        ("redis://127.0.0.1:1", {"password": "hush"}),
+    ],
+)
+def test_a_password_in_the_configuration_is_warned_of_and_not_shown(
+    url: str, given: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.DEBUG):
-        client = NativeClient("redis://:hush@127.0.0.1:1")
+        client = NativeClient(url, **given)  # type: ignore[arg-type]
         client.close()
     assert "password_env" in caplog.text
-    assert "hush" not in caplog.text
+    assert "hush" not in caplog.text + repr(Settings.of(url, given))
+
+
+def test_a_password_that_is_no_part_of_a_url_is_not_shown() -> None:
+    with pytest.raises(ValueError, match="must be encoded") as refused:
+        NativeClient("redis://:hush/hush@127.0.0.1:1")
+    assert "hush" not in str(refused.value)
+
+
+def test_text_is_read_as_in_a_url() -> None:
+    given = {"socket_timeout": "1.5", "retry_on_timeout": "false", "client_name": "1"}
+    arguments = Settings.of("redis://h", given).client_arguments()
+    assert arguments["socket_timeout"] == 1.5
+    assert arguments["retry_on_timeout"] is False
+    assert arguments["client_name"] == "1"
+
+
+def test_the_first_of_two_and_no_fragment() -> None:
+    settings = Settings.of("redis://h?ttl=1&ttl=2&key_prefix=a#b", {})
+    assert (settings.ttl, settings.key_prefix, settings.url) == (1, "a", "redis://h")
 
 
 def test_a_secret_is_read_again_for_each_connection(tmp_path: Path) -> None:
@@ -91,7 +123,14 @@ def test_a_secret_is_read_again_for_each_connection(tmp_path: Path) -> None:
     assert provider.get_credentials() == ("u", "one")
     path.write_text("two")
     assert provider.get_credentials() == ("u", "two")
-    assert "two" not in repr(settings) + repr(provider)
+
+
+def test_the_user_may_stand_in_the_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "hush")
+    settings = Settings.of("redis://bo%40b@h:1/2", {"password_env": "SECRET"})
+    assert settings.url == "redis://h:1/2"
+    provider = settings.client_arguments()["credential_provider"]
+    assert provider.get_credentials() == ("bo@b", "hush")
 
 
 def test_importing_needs_neither_lmcache_nor_torch() -> None:
