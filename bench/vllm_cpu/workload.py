@@ -187,10 +187,10 @@ def p99(seconds: Sequence[float]) -> float:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rounds, as Markdown. Times in seconds."""
+    """Rounds, as Markdown."""
     lines = [
         "| round | documents | tokens from vLLM's cache | from L2 | read from L2 | "
-        "TTFT mean | p99 | of seen documents, mean | round |",
+        "TTFT mean, s | p99 | mean of seen documents | round, s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -215,7 +215,7 @@ def table(rows: Sequence[Row]) -> str:
 def arguments(description: str) -> argparse.ArgumentParser:
     """What the workload can be told."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--documents", type=int, default=24, help="in a round")
+    parser.add_argument("--documents", type=int, default=12, help="in a round")
     parser.add_argument("--shortest", type=int, default=2000, help="tokens")
     parser.add_argument("--longest", type=int, default=8000, help="tokens")
     return parser
