@@ -7,11 +7,12 @@ CPP := $(filter-out %.hpp,$(wildcard fastkv_ext/cpp/*))
 CXX ?= g++
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror -Wno-missing-field-initializers
 
-.PHONY: help demo bench bench-short bench-lmcache test check lint test-cpp test-python dev format clean
+.PHONY: help demo bench bench-short bench-lmcache bench-vllm test check lint test-cpp test-python dev format clean
 help:
 	@echo 'make demo    a KV cache through fastkv and redis-py, side by side'
 	@echo 'make bench   beside its peers and the raw ceiling, half an hour; bench-short: three minutes'
 	@echo 'make bench-lmcache  beside LMCache'"'"'s own clients, measured by LMCache'
+	@echo 'make bench-vllm  vLLM and LMCache with fastkv on the CPU, end to end; quarter of an hour'
 	@echo 'make test    lint, types, C++ tests, Python tests'
 	@echo 'make dev     editable build with assertions on'
 	@echo 'make format  what the formatters do'
@@ -29,6 +30,10 @@ bench-short: $(BIN)/.bench
 # Beside LMCache's own clients, measured by LMCache; a quarter of an hour.
 bench-lmcache: $(BIN)/.bench $(BIN)/.lmcache
 	PYTHONHASHSEED=0 $(BIN)/python -m bench.lmcache_bench
+
+# In an environment of its own, build/vllm.
+bench-vllm:
+	PYTHON=$(PYTHON) bench/vllm_cpu/run.sh
 
 test check: lint test-cpp test-python
 
