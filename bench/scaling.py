@@ -97,7 +97,7 @@ def tail_table(
         f"**A batch of {keys} x {_size(value)} over n nodes, ms, p50 / p99** "
         f"(the link alone: {keys * value / link * 1e3:.0f} ms)",
         *("nodes", "keys on the fullest", "connections", "all well"),
-        *(f"one {slow} times slower", "the same, a replica each"),
+        *(f"one {slow} times slower", "with a replica each, and twice the connections"),
     )
     streams = model.streams(link, cap)
     for nodes in _NODES:
@@ -107,10 +107,7 @@ def tail_table(
         for connections in sorted({least, enough}):
             cells = []
             for slowness, replicas in ((1, 0), (slow, 0), (slow, 1)):
-                # They are divided by all servers that are read from.
-                servers = nodes * (1 + replicas)
-                each = model.in_cluster(connections, servers) // servers
-                rate = min(each * cap, 1 / model.SERVER_CPU)
+                rate = min(connections // nodes * cap, 1 / model.SERVER_CPU)
                 fleet = Fleet(nodes, rate, rtt, link, slowness, replicas, jitter)
                 times = model.batch_times(fleet, keys, value, trials, rng) * 1e3
                 cells.append("{:.0f} / {:.0f}".format(*np.percentile(times, (50, 99))))

@@ -172,18 +172,26 @@ def service_times(
     return times * key_seconds
 
 
-def batch_times(
-    fleet: Fleet, keys: int, value: int, trials: int, rng: np.random.Generator
+def times_of_loads(
+    fleet: Fleet, loads: Loads, value: int, rng: np.random.Generator
 ) -> Times:
-    """Seconds until the last of a batch's keys is there, in each of the trials."""
-    loads = random_loads(keys, fleet.nodes, trials, rng)
+    """Seconds until the last key of each batch is there, of ``(batches, nodes)``."""
     servers = split_over_replicas(loads, fleet.replicas)
     times = service_times(servers, value / fleet.rate, fleet.jitter, rng)
     times[:, 0, 0] *= fleet.slow
     parts = np.count_nonzero(servers, axis=(1, 2))
-    last = np.maximum(times.max(axis=(1, 2)), keys * value / fleet.link)
+    through_link = loads.sum(axis=1) * value / fleet.link
+    last = np.maximum(times.max(axis=(1, 2)), through_link)
     batches: Times = fleet.rtt + parts * fleet.part_seconds + last
     return batches
+
+
+def batch_times(
+    fleet: Fleet, keys: int, value: int, trials: int, rng: np.random.Generator
+) -> Times:
+    """The same for batches of so many random keys."""
+    loads = random_loads(keys, fleet.nodes, trials, rng)
+    return times_of_loads(fleet, loads, value, rng)
 
 
 def prefixes_after_loss(
