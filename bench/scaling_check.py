@@ -50,12 +50,13 @@ class Check:
 
     def row(self) -> str:
         """For a table of what, predicted, measured and their ratio."""
-        digits = 0 if statistics.median(self.measured) >= 100 else 2
+        middle = statistics.median(self.measured)
+        digits = 0 if middle >= 100 else 1 if middle >= 10 else 2 if middle >= 1 else 3
         measured = spread(list(self.measured), digits)
         if self.predicted is None:
             return f"| {self.what} | given | {measured} | |"
         predicted = f"{'at most ' if self.bound else ''}{self.predicted:,.{digits}f}"
-        ratio = statistics.median(self.measured) / self.predicted
+        ratio = middle / self.predicted
         return f"| {self.what} | {predicted} | {measured} | {ratio:.2f} |"
 
 
@@ -154,7 +155,7 @@ def rates(lab: Lab) -> Iterator[Check]:
         what = (
             f"GET, {connections} x {cap / _MB:.0f} MB/s, {2 * delay * _MS:.0f} ms, "
             f"window {window // KIB} KiB, values of {value // KIB} KiB"
-            f"{'' if range_bytes else ', read whole'}: MB/s"
+            f"{'' if range_bytes else ', whole'}: MB/s"
         )
         yield Check(
             what,
@@ -231,9 +232,9 @@ def fixed_cost(lab: Lab) -> Iterator[Check]:
 
         def microseconds(n: int) -> float:
             start = time.perf_counter()
-            for _ in range(100):
+            for _ in range(500):
                 ask(n)
-            return (time.perf_counter() - start) / 100 * 1e6
+            return (time.perf_counter() - start) / 500 * 1e6
 
         ask(len(clients))
         taken = [[microseconds(n) for n in (1, 4, 8)] for _ in range(lab.rounds)]
