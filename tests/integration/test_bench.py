@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pytest
 import redis
 
-from bench import plots, run, scenarios, tables
+from bench import plots, run, scaling, scaling_check, scenarios, tables
 from bench.link import LongLink
 from bench.peers import Ceiling, Endpoint, Fastkv, FastkvImmutable, RedisPyPure
 from bench.throughput import Throughput
@@ -145,3 +145,19 @@ def test_a_long_link_delays_and_caps_but_changes_no_byte(
             start = time.monotonic()
             assert client.get("k") == value
             assert time.monotonic() - start >= len(value) / 20e6
+
+
+def test_scaling_prints_whole_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    scaling.main(link=25, cap=10, rtt=1, clients=10, prefill=1e4, trials=50, seed=1)
+    tables = capsys.readouterr().out.strip().split("\n\n")[1::2]
+    assert len(tables) == 4
+    for table in tables:
+        assert len({row.count("|") for row in table.splitlines()}) == 1, table
+
+
+def test_the_scaling_model_foretells_what_a_lost_node_costs(
+    own_server: PrivateServer,
+) -> None:
+    lines = list(scaling_check.run(1, 1, "node_loss"))
+    ratios = [float(line.split("|")[-2]) for line in lines[-2:]]
+    assert ratios == pytest.approx([1, 1], abs=0.1)
