@@ -25,8 +25,8 @@
 namespace fastkv {
 namespace {
 
-// Ciphertext fetched by one system call.
-constexpr std::size_t kReadAhead = std::size_t{256} << 10;
+// Ciphertext fetched by one system call. OpenSSL moves what it holds with every record.
+constexpr std::size_t kReadAhead = std::size_t{64} << 10;
 // What one call moves at most, so that a fast peer does not keep a worker in it.
 constexpr std::size_t kMostBytes = std::size_t{1} << 20;
 // Plaintext of a record.
