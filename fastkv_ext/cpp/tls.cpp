@@ -57,6 +57,7 @@ std::string reason_of(unsigned long error) {
 void require(bool ok, const char* what) {
   if (ok) return;
   const unsigned long error = ERR_peek_last_error();
+  ERR_clear_error();  // the thread's: Python's ssl must not find it there
   throw std::runtime_error(reason_of(error) + ": " + what);
 }
 
@@ -197,6 +198,7 @@ void OpenSslStream::name_server(bool check) {
 
 Status OpenSslStream::tls_error() const {
   const unsigned long error = ERR_peek_last_error();
+  ERR_clear_error();
   if (ERR_GET_LIB(error) == ERR_LIB_SSL &&
       ERR_GET_REASON(error) == SSL_R_UNEXPECTED_EOF_WHILE_READING) {
     return {Code::connection_lost, kClosedByServer};
