@@ -24,9 +24,8 @@ from redis.retry import Retry
 import fastkv
 import fastkv.asyncio
 from fastkv import tls as fastkv_tls
-from fastkv._core import has_tls
 from fastkv.cli.private_server import PrivateServer, ServerBinary
-from tests.conftest import SERVERS, fastkv_threads
+from tests.conftest import fastkv_threads
 from tests.scripted import SilentPeer
 from tests.tls import (
     PASSWORD,
@@ -34,7 +33,6 @@ from tests.tls import (
     HelloServer,
     Identity,
     TlsServer,
-    speaks_tls,
 )
 
 ONCE = Retry(NoBackoff(), 0)
@@ -79,18 +77,6 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Identities:
         authority.hashed_folder(folder / "hashed"),
         str(both),
     )
-
-
-@pytest.fixture(scope="module")
-def tls_binary() -> ServerBinary:
-    missing = "this build of fastkv has no TLS" if not has_tls() else ""
-    binary = next((one for one in SERVERS if speaks_tls(one)), None)
-    if binary is not None and not missing:
-        return binary
-    missing = missing or "no server that was built with TLS"
-    if os.environ.get("FASTKV_REQUIRE_TLS") == "1":
-        pytest.fail(missing)
-    pytest.skip(missing)
 
 
 @pytest.fixture(scope="module")
