@@ -84,7 +84,33 @@ class Authority:
             .add_extension(
                 x509.BasicConstraints(ca=authority, path_length=None), critical=True
             )
+            # What follows is wanted by VERIFY_X509_STRICT, Python's default since 3.13.
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(key.public_key()),
+                critical=False,
+            )
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(
+                    issuer_key.public_key()
+                ),
+                critical=False,
+            )
         )
+        if authority:
+            builder = builder.add_extension(
+                x509.KeyUsage(
+                    digital_signature=False,
+                    content_commitment=False,
+                    key_encipherment=False,
+                    data_encipherment=False,
+                    key_agreement=False,
+                    key_cert_sign=True,
+                    crl_sign=True,
+                    encipher_only=False,
+                    decipher_only=False,
+                ),
+                critical=True,
+            )
         if hosts:
             names = [_general_name(host) for host in hosts]
             builder = builder.add_extension(
