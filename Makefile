@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard fastkv_ext/*.p* fastkv_ext/cpp/*)
-CPP := $(filter-out %.hpp,$(wildcard fastkv_ext/cpp/*))
+CPP := $(wildcard fastkv_ext/cpp/*.cpp)
 CXX ?= g++
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror -Wno-missing-field-initializers
 
@@ -37,7 +37,7 @@ bench-vllm:
 
 test check: lint test-cpp test-python
 
-# What pip cannot install: a compiler, Python's headers and venv.
+# What pip cannot install: a compiler, the headers of Python and OpenSSL, venv.
 $(BIN)/python:
 	PYTHON=$(PYTHON) .ci/system-packages
 	$(PYTHON) -m venv $(VENV)
@@ -80,7 +80,7 @@ lint: $(BIN)/.test
 
 # Each test is a program over check.hpp, linked with all of cpp/.
 CPP_TESTS := $(patsubst tests/cpp/%.cpp,build/cpp/%,$(wildcard tests/cpp/test_*.cpp))
-OBJECTS := $(patsubst fastkv_ext/cpp/%.cpp,build/cpp/%.o,$(CPP))
+OBJECTS := $(patsubst fastkv_ext/cpp/%.cpp,build/cpp/%.o,$(filter-out %/tls_missing.cpp,$(CPP)))
 HEADERS := $(wildcard fastkv_ext/cpp/*.hpp tests/cpp/*.hpp)
 COMPILE = $(CXX) -std=c++20 -O1 -g -pthread -D_GLIBCXX_ASSERTIONS $(WARNINGS) -Ifastkv_ext/cpp
 
@@ -89,7 +89,7 @@ build/cpp/%.o: fastkv_ext/cpp/%.cpp $(HEADERS)
 	$(COMPILE) -c $< -o $@
 
 build/cpp/test_%: tests/cpp/test_%.cpp $(OBJECTS) $(HEADERS)
-	$(COMPILE) $< $(OBJECTS) -o $@
+	$(COMPILE) $< $(OBJECTS) -lssl -lcrypto -o $@
 
 test-cpp: $(BIN)/python
 	@$(MAKE) -s -j "$$(nproc)" $(CPP_TESTS)

@@ -5,10 +5,12 @@ import os
 import shutil
 import sys
 import sysconfig
+import tempfile
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 os.chdir(HERE)  # sources must be named relative to here
@@ -43,8 +45,39 @@ class BuildExt(build_ext):
                 f"fastkv needs Python's headers, and {include}/Python.h is not there "
                 "(Debian, Ubuntu: apt-get install python3-dev)"
             )
+        tls = self._openssl_is_there()
+        if not tls:
+            print(
+                "fastkv is built without TLS: no OpenSSL 3 to compile and link with "
+                "(Debian, Ubuntu: apt-get install libssl-dev)",
+                file=sys.stderr,
+            )
+        (extension,) = self.extensions
+        extension.sources.remove(NO_TLS if tls else TLS)
+        extension.libraries = ["ssl", "crypto"] if tls else []
         super().build_extensions()
 
+    def _openssl_is_there(self):
+        with tempfile.TemporaryDirectory() as folder:
+            source = os.path.join(folder, "probe.cpp")
+            with open(source, "w") as file:
+                file.write(
+                    "#include <openssl/ssl.h>\n"
+                    "static_assert(OPENSSL_VERSION_NUMBER >= 0x30000000L);\n"
+                    "int main() { return SSL_CTX_new(TLS_client_method()) == nullptr; }"
+                )
+            try:
+                objects = self.compiler.compile([source], output_dir=folder)
+                self.compiler.link_executable(
+                    objects, os.path.join(folder, "probe"), libraries=["ssl", "crypto"]
+                )
+            except (CompileError, LinkError):
+                return False
+        return True
+
+
+# One of them is left out.
+TLS, NO_TLS = "fastkv_ext/cpp/tls.cpp", "fastkv_ext/cpp/tls_missing.cpp"
 
 extension = Extension(
     "fastkv._core",

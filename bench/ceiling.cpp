@@ -2,7 +2,7 @@
 // reply's length beforehand and parse nothing. Reads the replies into a batch's memory, as a client
 // must, or sends it from there.
 //
-// usage: ceiling HOST|/unix.sock PORT PREFIX KEYS VALUE_BYTES
+// usage: ceiling HOST|tls:HOST|/unix.sock PORT PREFIX KEYS VALUE_BYTES
 // Keys are PREFIX0 ... Then a command a line on stdin, each answered by "seconds cpu_seconds":
 //   get    THREADS WINDOW RANGE OFF_GRID BATCHES   RANGE 0: plain GET; else GETRANGE by so many
 //                                                  bytes, OFF_GRID 1: in fastkv's order
@@ -11,6 +11,7 @@
 // WINDOW: value bytes on their way on a connection; at least one request always is.
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
+#include <openssl/ssl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -26,6 +27,7 @@
 #include <deque>
 #include <functional>
 #include <iostream>
+#include <span>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -61,26 +63,75 @@ int dial(const std::string& host, int port) {
   return fd;
 }
 
+// A connection, with TLS or without.
+class Link {
+ public:
+  Link(const std::string& host, int port) {
+    const bool secure = host.starts_with("tls:");
+    fd_ = dial(secure ? host.substr(4) : host, port);
+    if (!secure) return;
+    // Whom it talks to is not the point here. Large reads, as fastkv does.
+    static SSL_CTX* const context = SSL_CTX_new(TLS_client_method());
+    SSL_CTX_set_read_ahead(context, 1);
+    SSL_CTX_set_default_read_buffer_len(context, 64 << 10);
+    ssl_ = SSL_new(context);
+    SSL_set_fd(ssl_, fd_);
+    if (SSL_connect(ssl_) != 1) fail("SSL_connect");
+  }
+
+  void send(const char* data, std::size_t size) {
+    while (size > 0) {
+      const ssize_t sent =
+          ssl_ ? SSL_write(ssl_, data, static_cast<int>(size)) : ::send(fd_, data, size, 0);
+      if (sent <= 0) fail("send");
+      data += sent;
+      size -= static_cast<std::size_t>(sent);
+    }
+  }
+
+  void send(std::span<iovec> parts) {
+    if (ssl_) {
+      for (const iovec& part : parts) send(static_cast<const char*>(part.iov_base), part.iov_len);
+      return;
+    }
+    while (!parts.empty()) {
+      msghdr message{};
+      message.msg_iov = parts.data();
+      message.msg_iovlen = parts.size();
+      ssize_t sent = ::sendmsg(fd_, &message, 0);
+      if (sent < 0) fail("sendmsg");
+      while (!parts.empty() && sent >= static_cast<ssize_t>(parts[0].iov_len)) {
+        sent -= static_cast<ssize_t>(parts[0].iov_len);
+        parts = parts.subspan(1);
+      }
+      if (parts.empty()) return;
+      parts[0].iov_base = static_cast<char*>(parts[0].iov_base) + sent;
+      parts[0].iov_len -= static_cast<std::size_t>(sent);
+    }
+  }
+
+  long receive_some(char* data, long size) {
+    const ssize_t got = ssl_ ? SSL_read(ssl_, data, static_cast<int>(size))
+                             : ::recv(fd_, data, static_cast<std::size_t>(size), 0);
+    if (got <= 0) fail("recv");
+    return got;
+  }
+
+  void receive(char* data, long size) {
+    while (size > 0) {
+      const long got = receive_some(data, size);
+      data += got;
+      size -= got;
+    }
+  }
+
+ private:
+  int fd_ = -1;  // both for as long as the program runs
+  SSL* ssl_ = nullptr;
+};
+
 std::string bulk(const std::string& argument) {
   return "$" + std::to_string(argument.size()) + "\r\n" + argument + "\r\n";
-}
-
-void send_all(int fd, const char* data, std::size_t size) {
-  while (size > 0) {
-    const ssize_t sent = ::send(fd, data, size, 0);
-    if (sent < 0) fail("send");
-    data += sent;
-    size -= static_cast<std::size_t>(sent);
-  }
-}
-
-void receive_all(int fd, char* data, long size) {
-  while (size > 0) {
-    const ssize_t got = ::recv(fd, data, static_cast<std::size_t>(size), 0);
-    if (got <= 0) fail("recv");
-    data += got;
-    size -= got;
-  }
 }
 
 struct Bench {
@@ -90,14 +141,13 @@ struct Bench {
   long keys;
   long size;
   char* memory = nullptr;
-  std::vector<int> sockets;  // kept, so that TCP has found its buffer sizes
+  std::vector<Link> links;  // kept, so that TCP has found its buffer sizes
 
   std::string key(long i) const { return prefix + std::to_string(i % keys); }
   char* value(long i) const { return memory + (i % keys) * (size + kSlack); }
 
-  int socket(std::size_t thread) {
-    while (sockets.size() <= thread) sockets.push_back(dial(host, port));
-    return sockets[thread];
+  void connect(std::size_t threads) {
+    while (links.size() < threads) links.emplace_back(host, port);
   }
 
   struct Part {
@@ -116,7 +166,8 @@ struct Bench {
     return out;
   }
 
-  void get(int fd, std::atomic<long>& next, long total, long window, long range, bool off_grid) {
+  void get(Link& link, std::atomic<long>& next, long total, long window, long range,
+           bool off_grid) {
     const auto pieces = range > 0 ? parts(range, off_grid) : std::vector<Part>{{0, size}};
     struct Due {
       char* to;
@@ -146,23 +197,21 @@ struct Bench {
         due.push_back({value(current) + part.first, part.bytes + framing});
         outstanding += part.bytes;
       }
-      send_all(fd, requests.data(), requests.size());
+      link.send(requests.data(), requests.size());
       if (due.empty()) return;
       const Due front = due.front();
       due.pop_front();
-      receive_all(fd, front.to, front.bytes);
+      link.receive(front.to, front.bytes);
       outstanding -= front.bytes;
     }
   }
 
-  void set(int fd, std::atomic<long>& next, long total, long window) {
+  void set(Link& link, std::atomic<long>& next, long total, long window) {
     long unanswered = 0;
     char replies[4096];
     long partial = 0;
     const auto answer = [&] {
-      const ssize_t got = ::recv(fd, replies, sizeof replies, 0);
-      if (got <= 0) fail("recv");
-      partial += got;
+      partial += link.receive_some(replies, sizeof replies);
       unanswered -= partial / 5;  // +OK\r\n
       partial %= 5;
     };
@@ -172,28 +221,13 @@ struct Bench {
       char end[] = "\r\n";
       iovec parts[] = {
           {head.data(), head.size()}, {value(i), static_cast<std::size_t>(size)}, {end, 2}};
-      msghdr message{};
-      message.msg_iov = parts;
-      message.msg_iovlen = 3;
-      while (message.msg_iovlen > 0) {
-        ssize_t sent = ::sendmsg(fd, &message, 0);
-        if (sent < 0) fail("sendmsg");
-        while (message.msg_iovlen > 0 && sent >= static_cast<ssize_t>(message.msg_iov->iov_len)) {
-          sent -= static_cast<ssize_t>(message.msg_iov->iov_len);
-          ++message.msg_iov;
-          --message.msg_iovlen;
-        }
-        if (message.msg_iovlen > 0) {
-          message.msg_iov->iov_base = static_cast<char*>(message.msg_iov->iov_base) + sent;
-          message.msg_iov->iov_len -= static_cast<std::size_t>(sent);
-        }
-      }
+      link.send(parts);
       ++unanswered;
     }
     while (unanswered > 0) answer();
   }
 
-  void exists(int fd, std::atomic<long>& next, long total, long depth) {
+  void exists(Link& link, std::atomic<long>& next, long total, long depth) {
     std::vector<char> replies(static_cast<std::size_t>(depth) * 4);  // :1\r\n
     for (;;) {
       const long first = next.fetch_add(depth);
@@ -203,8 +237,8 @@ struct Bench {
       for (long i = first; i < first + count; ++i) {
         requests += "*2\r\n$6\r\nEXISTS\r\n" + bulk(key(i));
       }
-      send_all(fd, requests.data(), requests.size());
-      receive_all(fd, replies.data(), count * 4);
+      link.send(requests.data(), requests.size());
+      link.receive(replies.data(), count * 4);
     }
   }
 };
@@ -243,19 +277,18 @@ int main(int argc, char** argv) {
     long batches = 0;
     words >> batches;
     if (!words) return 2;
-    std::vector<int> sockets;
-    for (std::size_t i = 0; i < threads; ++i) sockets.push_back(bench.socket(i));
+    bench.connect(threads);
     std::atomic<long> next{0};
     const long total = batches * bench.keys;
     const double cpu = cpu_seconds();
     const auto start = std::chrono::steady_clock::now();
     {
       std::vector<std::jthread> running;
-      for (const int fd : sockets) {
-        running.emplace_back([&, fd] {
-          if (command == "get") bench.get(fd, next, total, window, range, off_grid);
-          if (command == "set") bench.set(fd, next, total, window);
-          if (command == "exists") bench.exists(fd, next, total, window);
+      for (std::size_t i = 0; i < threads; ++i) {
+        running.emplace_back([&, &link = bench.links[i]] {
+          if (command == "get") bench.get(link, next, total, window, range, off_grid);
+          if (command == "set") bench.set(link, next, total, window);
+          if (command == "exists") bench.exists(link, next, total, window);
         });
       }
     }

@@ -34,7 +34,7 @@ class Endpoint:
     """Of one server over one transport."""
 
     server: str  # name and version
-    transport: str  # "tcp" or "unix"
+    transport: str  # "tcp", "tls" or "unix"
     port: int
     unix_path: str
 
@@ -43,14 +43,18 @@ class Endpoint:
         """For redis-py and fastkv."""
         if self.transport == "unix":
             return {"unix_socket_path": self.unix_path}
-        return {"host": "127.0.0.1", "port": self.port}
+        where: dict[str, Any] = {"host": "127.0.0.1", "port": self.port}
+        if self.transport == "tls":
+            where |= {"ssl": True, "ssl_cert_reqs": "none"}
+        return where
 
     @property
     def raw(self) -> tuple[str, str]:
         """For the ceilings: host or path, and port."""
         if self.transport == "unix":
             return self.unix_path, "0"
-        return "127.0.0.1", str(self.port)
+        host = "tls:127.0.0.1" if self.transport == "tls" else "127.0.0.1"
+        return host, str(self.port)
 
 
 class Peer(ABC):
@@ -164,7 +168,7 @@ class LMCacheNative(Peer):
 
     def __init__(self, endpoint: Endpoint, workers: int = 4) -> None:
         if endpoint.transport != "tcp":
-            raise ImportError("it has no unix sockets")
+            raise ImportError("it has neither unix sockets nor TLS")
         os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")
         os.environ.setdefault("LMCACHE_TRACK_USAGE", "false")
         import torch  # noqa: F401  # must be there before LMCache's extension
@@ -205,7 +209,7 @@ class Glide(Peer):
 
     def __init__(self, endpoint: Endpoint) -> None:
         if endpoint.transport != "tcp":
-            raise ImportError("it has no unix sockets")
+            raise ImportError("here over TCP only")
         from glide_sync import GlideClient, GlideClientConfiguration, NodeAddress
 
         address = NodeAddress("127.0.0.1", endpoint.port)
@@ -266,6 +270,8 @@ def redis_benchmark(
         if endpoint.transport == "unix"
         else ["-p", str(endpoint.port)]
     )
+    if endpoint.transport == "tls":
+        where += ["--tls", "--insecure"]
     requests = max(16, total // size)
     said = subprocess.run(
         [tool, *where, "-n", str(requests), "-c", "4", "-P", "4", "--csv", "GET", key],

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import socket
 import subprocess
 import tempfile
 import time
@@ -47,11 +48,35 @@ def compile_program(name: str, folder: Path) -> Path:
             os.environ.get("CXX", "g++"),
             *("-std=c++20", "-O2", "-pthread"),
             str(_FOLDER / f"{name}.cpp"),
-            *("-o", str(program)),
+            *("-o", str(program), "-lssl", "-lcrypto"),
         ],
         check=True,
     )
     return program
+
+
+def tls_arguments(folder: Path) -> tuple[int, list[str]]:
+    """A free port, and what a server needs to speak TLS on it to clients that ask for
+    no proof.
+    """
+    certificate, key = str(folder / "server.crt"), str(folder / "server.key")
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-subj", "/CN=x"),
+            *("-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-out", certificate, "-keyout", key),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port, [
+        *("--tls-port", str(port), "--tls-auth-clients", "no"),
+        *("--tls-cert-file", certificate, "--tls-key-file", key),
+        *("--tls-ca-cert-file", certificate),
+    ]
 
 
 def machine() -> dict[str, Any]:
@@ -116,7 +141,9 @@ def plan(
                 f"{where}, {tables.size_label(size)}",
                 partial(throughput, endpoint, size),
             )
-    for endpoint in endpoints[:1] if short else endpoints[:2]:
+    # With TLS only the throughput is measured.
+    others = [one for one in endpoints if one.transport != "tls"]
+    for endpoint in others[:1] if short else others[:2]:
         where = f"{endpoint.server}, {endpoint.transport}"
         yield (
             f"{where}, lookups",
@@ -147,7 +174,10 @@ def main(
     server: Annotated[
         list[str] | None, typer.Option(help="Only servers that begin with this.")
     ] = None,
-    transport: Annotated[list[str] | None, typer.Option(help="tcp or unix.")] = None,
+    transport: Annotated[
+        list[str] | None,
+        typer.Option(help="tcp, unix, or tls with a server that was built with it."),
+    ] = None,
     size: Annotated[list[int] | None, typer.Option(help="Bytes a value.")] = None,
     only: Annotated[str, typer.Option(help="Only steps that contain this.")] = "",
 ) -> None:
@@ -170,10 +200,19 @@ def main(
         ceiling, link = (compile_program(n, folder) for n in ("ceiling", "link"))
         endpoints = []
         for binary in binaries:
-            one = stack.enter_context(PrivateServer(binary))
+            transports = transport or ["tcp", "unix"]
+            tls_port, arguments = 0, list[str]()
+            if "tls" in transports:
+                tls_port, arguments = tls_arguments(folder)
+            one = stack.enter_context(PrivateServer(binary, *arguments))
             endpoints += [
-                Endpoint(str(binary), kind, one.port, one.unix_path)
-                for kind in transport or ("tcp", "unix")
+                Endpoint(
+                    str(binary),
+                    kind,
+                    tls_port if kind == "tls" else one.port,
+                    one.unix_path,
+                )
+                for kind in transports
             ]
         steps = [
             s for s in plan(endpoints, sizes, short, ceiling, link) if only in s[0]

@@ -76,6 +76,44 @@ class Batch:
     def hits(self) -> list[bool]: ...
     def failures(self) -> list[tuple[int, int, int, str | None]]: ...
 
+def has_tls() -> bool: ...
+
+@final
+class TlsStream:
+    def __init__(
+        self,
+        fd: int,
+        *,
+        server_name: bytes,
+        check_server_name: bool,
+        check_common_name: bool,
+        wants_certificate: bool,
+        verify_flags: int,
+        options: int,
+        min_version: int,
+        max_version: int,
+        security_level: int,
+        ciphers: bytes,
+        cipher_suites: bytes,
+        system_ca_file: bytes,
+        system_ca_path: bytes,
+        ca_file: bytes,
+        ca_path: bytes,
+        ca_data: bytes,
+        ca_data_is_pem: bool,
+        certificate_file: bytes,
+        key_file: bytes,
+        password: bytes,
+    ) -> None: ...
+    def handshake(self) -> bool: ...
+    def read_into(self, buffer: Buffer) -> int: ...
+    def write(self, data: Buffer) -> int: ...
+    @property
+    def holds_bytes(self) -> bool: ...
+    @property
+    def crossed(self) -> bool: ...
+    def close(self) -> None: ...
+
 @final
 class CompletionQueue:
     @property
@@ -114,6 +152,13 @@ class Engine:
     def take_connect_requests(self) -> list[int]: ...
     def adopt(
         self, lane: int, fd: int, stall_timeout: float, health_interval: float
+    ) -> None: ...
+    def adopt_tls(
+        self,
+        lane: int,
+        stream: TlsStream,
+        stall_timeout: float,
+        health_interval: float,
     ) -> None: ...
     def connect_failed(
         self, lane: int, newest: int, why: str, delay: float

@@ -33,9 +33,10 @@ from redis.exceptions import (
 )
 from redis.retry import AbstractRetry, Retry
 
-from fastkv._core import Engine, RetryPolicy
+from fastkv._core import Engine, RetryPolicy, TlsStream
 from fastkv._version import __version__
 from fastkv.errors import UnsupportedConnection
+from fastkv.tls import TlsSocket, check_tls, native_tls_class
 
 SyncPool: TypeAlias = redis.connection.ConnectionPool
 AsyncPool: TypeAlias = redis.asyncio.connection.ConnectionPool
@@ -61,6 +62,7 @@ _NOT_FOR_LANES = frozenset(
 
 _SYNC_TWIN = {
     redis.asyncio.connection.Connection: redis.connection.Connection,
+    redis.asyncio.connection.SSLConnection: redis.connection.SSLConnection,
     redis.asyncio.connection.UnixDomainSocketConnection: (
         redis.connection.UnixDomainSocketConnection
     ),
@@ -76,17 +78,15 @@ _LEAST_DELAY = 0.05
 def check_supported(pool: Pool) -> None:
     """Raise `UnsupportedConnection` for what can be known without connecting."""
     cls = pool.connection_class
-    tls = (redis.connection.SSLConnection, redis.asyncio.connection.SSLConnection)
-    if issubclass(cls, tls):
-        raise UnsupportedConnection(
-            f"batch_tile_* cannot use TLS yet ({cls.__name__}); connect with redis:// "
-            "or unix://, or use redis-py's own commands"
-        )
+    twin = _SYNC_TWIN.get(cls, cls)
+    if issubclass(twin, redis.connection.SSLConnection):
+        check_tls(twin, pool.connection_kwargs)
     if issubclass(cls, redis.asyncio.connection.AbstractConnection):
         if cls not in _SYNC_TWIN:
             raise UnsupportedConnection(
                 f"batch_tile_* cannot use connections of class {cls.__name__} on an "
-                "event loop; known are Connection and UnixDomainSocketConnection"
+                "event loop; known are Connection, SSLConnection and "
+                "UnixDomainSocketConnection"
             )
         if inspect.iscoroutinefunction(
             pool.connection_kwargs.get("redis_connect_func")
@@ -113,16 +113,20 @@ def make_connection(pool: Pool, find_loop: FindLoop) -> Any:
         provider = kwargs.get("credential_provider")
         if provider is not None:
             kwargs["credential_provider"] = _AwaitedCredentials(provider, find_loop)
+    if issubclass(cls, redis.connection.SSLConnection):
+        cls = native_tls_class(cls)
     connection = cls(**kwargs)
     # The connector retries by itself, so that close() need not wait for a back-off.
     connection.retry = Retry(NoBackoff(), 0)
     return connection
 
 
-def take_socket(connection: Any) -> int:
-    """Detach the descriptor of a connected redis-py Connection; the caller owns it."""
+def take_socket(connection: Any) -> int | TlsStream:
+    """Detach the descriptor or stream of a connected redis-py Connection; the caller
+    owns it.
+    """
     sock = connection._sock
-    if type(sock) is not socket.socket:
+    if type(sock) not in (socket.socket, TlsSocket):
         connection.disconnect()
         raise UnsupportedConnection(
             f"batch_tile_* need an operating system's socket; a connection of class "
@@ -135,10 +139,12 @@ def take_socket(connection: Any) -> int:
         raise ConnectionError("Unread data on a connection that was just made.")
     # detach() before anything can close the socket: redis-py shuts sockets down, which
     # would end every duplicate of the descriptor too.
-    fd = sock.detach()
+    taken: int | TlsStream = (
+        sock.take_stream() if type(sock) is TlsSocket else sock.detach()
+    )
     connection._sock = None
     parser.on_disconnect()
-    return fd
+    return taken
 
 
 def retry_of(pool: Pool) -> AbstractRetry[Any]:
@@ -280,7 +286,8 @@ class Connector:
         self._engine.wake_connector()
         connection = self._connecting
         sock = getattr(connection, "_sock", None)
-        if isinstance(sock, socket.socket):
+        sock = sock or getattr(connection, "handshaking", None)
+        if isinstance(sock, (socket.socket, TlsSocket)):
             try:
                 sock.shutdown(socket.SHUT_RDWR)  # ends a handshake that waits
             except OSError:
@@ -335,7 +342,7 @@ class Connector:
             connection = make_connection(pool, self._find_loop)
             self._connecting = connection
             connection.connect()
-            fd = take_socket(connection)
+            taken = take_socket(connection)
         except Exception as error:
             # redis-py does it for errors of its own; the others would leave the socket
             # to the garbage collector.
@@ -354,12 +361,12 @@ class Connector:
             return self._give_up(attempts, newest, error, delay)
         finally:
             self._connecting = None
-        self._engine.adopt(
-            attempt.lane,
-            fd,
-            float(connection.socket_timeout or 0),
-            float(connection.health_check_interval or 0),
-        )
+        stall_timeout = float(connection.socket_timeout or 0)
+        health_interval = float(connection.health_check_interval or 0)
+        if isinstance(taken, TlsStream):
+            self._engine.adopt_tls(attempt.lane, taken, stall_timeout, health_interval)
+        else:
+            self._engine.adopt(attempt.lane, taken, stall_timeout, health_interval)
         return [a for a in attempts if a is not attempt]
 
     def _give_up(

@@ -15,6 +15,7 @@ from cpython.buffer cimport (
     PyBUF_C_CONTIGUOUS,
     PyBUF_FORMAT,
     PyBUF_SIMPLE,
+    PyBUF_WRITABLE,
     PyBuffer_Release,
     PyObject_CheckBuffer,
     PyObject_GetBuffer,
@@ -23,7 +24,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from libc.errno cimport EINTR, errno
-from libcpp.memory cimport make_shared, shared_ptr
+from libcpp.memory cimport make_shared, shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.string_view cimport string_view
 from libcpp.utility cimport move
@@ -329,6 +330,142 @@ cdef bint _has_objects(const char* format) noexcept:
     return False
 
 
+def has_tls():
+    """Whether this build can speak TLS."""
+    return cpp_has_tls()
+
+
+@cython.final
+cdef class TlsStream:
+    """The client's end of a TLS connection over a non-blocking socket; one thread at a time.
+
+    Args:
+        fd: Of a connected socket; closed in the end, and also when this raises.
+        Others: See `TlsSettings` in cpp/tls.hpp.
+
+    Raises:
+        RuntimeError: Why OpenSSL does not take the settings.
+    """
+
+    cdef unique_ptr[CppTlsStream] cpp
+
+    def __init__(
+        self,
+        int fd,
+        *,
+        bytes server_name,
+        bint check_server_name,
+        bint check_common_name,
+        bint wants_certificate,
+        uint64_t verify_flags,
+        uint64_t options,
+        int min_version,
+        int max_version,
+        int security_level,
+        bytes ciphers,
+        bytes cipher_suites,
+        bytes system_ca_file,
+        bytes system_ca_path,
+        bytes ca_file,
+        bytes ca_path,
+        bytes ca_data,
+        bint ca_data_is_pem,
+        bytes certificate_file,
+        bytes key_file,
+        bytes password,
+    ):
+        cdef CppTlsSettings settings
+        settings.server_name = server_name
+        settings.check_server_name = check_server_name
+        settings.check_common_name = check_common_name
+        settings.wants_certificate = wants_certificate
+        settings.verify_flags = verify_flags
+        settings.options = options
+        settings.min_version = min_version
+        settings.max_version = max_version
+        settings.security_level = security_level
+        settings.ciphers = ciphers
+        settings.cipher_suites = cipher_suites
+        settings.system_ca_file = system_ca_file
+        settings.system_ca_path = system_ca_path
+        settings.ca_file = ca_file
+        settings.ca_path = ca_path
+        settings.ca_data = ca_data
+        settings.ca_data_is_pem = ca_data_is_pem
+        settings.certificate_file = certificate_file
+        settings.key_file = key_file
+        settings.password = password
+        with nogil:
+            self.cpp = make_tls_stream(UniqueFd(fd), settings)
+
+    def __dealloc__(self):
+        self.close()
+
+    def handshake(self):
+        """Go on with the handshake; True: it is complete."""
+        self._check_open()
+        cdef Moved moved
+        with nogil:
+            moved = self.cpp.get().handshake()
+        return _bytes_moved(moved) > 0
+
+    def read_into(self, buffer):
+        """Return how many bytes came, 0 if none are there now."""
+        return self._move(buffer, True)
+
+    def write(self, data):
+        """Return how many bytes were taken. What was not must be given again."""
+        return self._move(data, False)
+
+    @property
+    def holds_bytes(self) -> bool:
+        """There may be something to read though the socket is not readable."""
+        self._check_open()
+        return self.cpp.get().holds_bytes()
+
+    @property
+    def crossed(self) -> bool:
+        """What was tried waits for the other readiness of the socket than one would think."""
+        self._check_open()
+        return self.cpp.get().crossed()
+
+    def close(self):
+        """Give the descriptor back, and say nothing to the peer: a child after a fork may do so,
+        too. Idempotent."""
+        if self.cpp.get() != NULL:
+            self.cpp.get().close_after_fork()
+            self.cpp.reset()
+
+    cdef _check_open(self):
+        if self.cpp.get() == NULL:
+            raise ConnectionError("the stream was closed, or is the engine's")
+
+    cdef _move(self, buffer, bint reading):
+        self._check_open()
+        cdef Py_buffer view
+        cdef iovec part
+        cdef Moved moved
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE if reading else PyBUF_SIMPLE)
+        try:
+            part.iov_base = view.buf
+            part.iov_len = view.len
+            with nogil:
+                if reading:
+                    moved = self.cpp.get().read(Parts(&part, 1))
+                else:
+                    moved = self.cpp.get().write(Parts(&part, 1))
+        finally:
+            PyBuffer_Release(&view)
+        return _bytes_moved(moved)
+
+
+cdef Py_ssize_t _bytes_moved(const Moved& moved) except -1:
+    if moved.status.code != _Code.ok:
+        # An OSError, which redis-py expects of a socket, with the number of SSLError.
+        raise ConnectionError(1, moved.status.detail.decode("utf-8", "replace").rstrip("."))
+    return moved.bytes
+
+
 cdef int _SIGNAL_CHECK_MS = 50
 
 
@@ -540,6 +677,15 @@ cdef class Engine:
         """
         with nogil:
             self.cpp.adopt(lane, UniqueFd(fd), stall_timeout, health_interval)
+
+    def adopt_tls(
+        self, uint32_t lane, TlsStream stream, double stall_timeout, double health_interval
+    ):
+        """Take over a stream after its handshake, as `adopt` does a socket. It is closed for
+        everybody else."""
+        stream._check_open()
+        with nogil:
+            self.cpp.adopt(lane, move(stream.cpp), stall_timeout, health_interval)
 
     def connect_failed(self, uint32_t lane, uint64_t newest, str why, double delay):
         """Say that a connection cannot be made; it is not asked for again for ``delay`` seconds if

@@ -1,7 +1,7 @@
 # The C++ API as Cython sees it: the only `cdef extern`, all of it callable without the GIL.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cpp_bool
-from libcpp.memory cimport shared_ptr
+from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.string_view cimport string_view
 from libcpp.vector cimport vector
@@ -123,6 +123,58 @@ cdef extern from "fd.hpp" namespace "fastkv" nogil:
         UniqueFd(int) noexcept
 
 
+cdef extern from "<sys/uio.h>" nogil:
+    cdef struct iovec:
+        void* iov_base
+        size_t iov_len
+
+
+cdef extern from "<span>" namespace "std" nogil:
+    cdef cppclass Parts "std::span<const iovec>":
+        Parts(const iovec*, size_t) noexcept
+
+
+cdef extern from "stream.hpp" namespace "fastkv" nogil:
+    cdef cppclass Moved "fastkv::Stream::Moved":
+        size_t bytes
+        Status status
+
+
+cdef extern from "tls.hpp" namespace "fastkv" nogil:
+    cdef cppclass CppTlsSettings "fastkv::TlsSettings":
+        string server_name
+        cpp_bool check_server_name
+        cpp_bool check_common_name
+        cpp_bool wants_certificate
+        uint64_t verify_flags
+        uint64_t options
+        int min_version
+        int max_version
+        int security_level
+        string ciphers
+        string cipher_suites
+        string system_ca_file
+        string system_ca_path
+        string ca_file
+        string ca_path
+        string ca_data
+        cpp_bool ca_data_is_pem
+        string certificate_file
+        string key_file
+        string password
+
+    cdef cppclass CppTlsStream "fastkv::TlsStream":
+        Moved handshake() noexcept
+        Moved read(Parts) noexcept
+        Moved write(Parts) noexcept
+        cpp_bool holds_bytes() noexcept
+        cpp_bool crossed() noexcept
+        void close_after_fork() noexcept
+
+    cpp_bool cpp_has_tls "fastkv::has_tls"() noexcept
+    unique_ptr[CppTlsStream] make_tls_stream(UniqueFd, const CppTlsSettings&) except +
+
+
 cdef extern from "engine.hpp" namespace "fastkv" nogil:
     cdef cppclass CppEngine "fastkv::Engine":
         CppEngine(size_t, size_t, Window) except +
@@ -141,6 +193,7 @@ cdef extern from "engine.hpp" namespace "fastkv" nogil:
         void wake_connector() noexcept
         vector[uint32_t] take_connect_requests() except +
         void adopt(uint32_t, UniqueFd, double, double) except +
+        void adopt(uint32_t, unique_ptr[CppTlsStream], double, double) except +
         void connect_failed(uint32_t, uint64_t, string, double) except +
         void before_fork() except +
         void after_fork_in_parent() except +

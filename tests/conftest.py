@@ -17,7 +17,9 @@ import redis
 
 import fastkv
 from fastkv import registry
+from fastkv._core import has_tls
 from fastkv.cli.private_server import PrivateServer, ServerBinary, find_servers
+from tests.tls import speaks_tls
 
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=300, deadline=None)
@@ -109,6 +111,19 @@ def own_server(request: pytest.FixtureRequest) -> Iterator[PrivateServer]:
     """A server of the test's own, to be killed, stopped and configured."""
     with PrivateServer(request.param, "--enable-debug-command", "yes") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def tls_binary() -> ServerBinary:
+    """A server that was built with TLS."""
+    missing = "this build of fastkv has no TLS" if not has_tls() else ""
+    binary = next((one for one in SERVERS if speaks_tls(one)), None)
+    if binary is not None and not missing:
+        return binary
+    missing = missing or "no server that was built with TLS"
+    if os.environ.get("FASTKV_REQUIRE_TLS") == "1":
+        pytest.fail(missing)
+    pytest.skip(missing)
 
 
 @pytest.fixture

@@ -75,7 +75,11 @@ void Engine::retire_connections() {
 
 void Engine::adopt(std::uint32_t lane, UniqueFd socket, double stall_seconds,
                    double health_seconds) {
-  auto stream = std::make_unique<SocketStream>(std::move(socket));
+  adopt(lane, std::make_unique<SocketStream>(std::move(socket)), stall_seconds, health_seconds);
+}
+
+void Engine::adopt(std::uint32_t lane, std::unique_ptr<Stream> stream, double stall_seconds,
+                   double health_seconds) {
   std::lock_guard lock(close_mutex_);
   if (closed_) return;
   schedule_.connected(lane);

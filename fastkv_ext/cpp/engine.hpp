@@ -14,6 +14,7 @@
 #include "batch.hpp"
 #include "completion_queue.hpp"
 #include "schedule.hpp"
+#include "stream.hpp"
 #include "worker.hpp"
 
 namespace fastkv {
@@ -42,8 +43,11 @@ class Engine {
   int connect_event() const noexcept { return schedule_.connect_event(); }
   void wake_connector() noexcept { schedule_.wake_connector(); }
   std::vector<std::uint32_t> take_connect_requests() { return schedule_.take_connect_requests(); }
-  // Takes over a connected socket that has answered all that was sent on it. 0 s: no limit.
+  // Takes over a connected socket, or a stream, that has answered all that was sent on it. 0 s: no
+  // limit.
   void adopt(std::uint32_t lane, UniqueFd socket, double stall_seconds, double health_seconds);
+  void adopt(std::uint32_t lane, std::unique_ptr<Stream> stream, double stall_seconds,
+             double health_seconds);
   void connect_failed(std::uint32_t lane, std::uint64_t newest, const std::string& why,
                       double delay_seconds);
 

@@ -16,7 +16,16 @@ namespace {
 constexpr std::size_t kManyBytes = std::size_t{128} << 10;
 constexpr std::size_t kFewBytes = std::size_t{16} << 10;
 
-Stream::Moved failed(const char* doing) noexcept {
+msghdr message(std::span<const iovec> parts) noexcept {
+  msghdr header{};
+  header.msg_iov = const_cast<iovec*>(parts.data());  // the kernel does not write to it
+  header.msg_iovlen = parts.size();
+  return header;
+}
+
+}  // namespace
+
+Stream::Moved Stream::failed(const char* doing) noexcept {
   const int error = errno;
   if (error == EAGAIN || error == EWOULDBLOCK) return {};
   try {
@@ -29,20 +38,15 @@ Stream::Moved failed(const char* doing) noexcept {
   }
 }
 
-msghdr message(std::span<const iovec> parts) noexcept {
-  msghdr header{};
-  header.msg_iov = const_cast<iovec*>(parts.data());  // the kernel does not write to it
-  header.msg_iovlen = parts.size();
-  return header;
-}
-
-}  // namespace
-
-SocketStream::SocketStream(UniqueFd socket) : socket_(std::move(socket)) {
-  const int flags = ::fcntl(socket_.get(), F_GETFL);
-  if (flags < 0 || ::fcntl(socket_.get(), F_SETFL, flags | O_NONBLOCK) < 0) {
+void Stream::make_non_blocking(int fd) {
+  const int flags = ::fcntl(fd, F_GETFL);
+  if (flags < 0 || ::fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0) {
     throw std::system_error(errno, std::generic_category(), "fcntl");
   }
+}
+
+SocketStream::SocketStream(UniqueFd socket) : socket_(std::move(socket)) {
+  make_non_blocking(socket_.get());
   int domain = 0;
   socklen_t size = sizeof domain;
   ::getsockopt(socket_.get(), SOL_SOCKET, SO_DOMAIN, &domain, &size);
@@ -58,7 +62,7 @@ Stream::Moved SocketStream::read(std::span<const iovec> into) noexcept {
   for (;;) {
     const ssize_t count = ::recvmsg(socket_.get(), &header, 0);
     if (count > 0) return {static_cast<std::size_t>(count), {}};
-    if (count == 0) return {0, {Code::connection_lost, "Connection closed by server."}};
+    if (count == 0) return {0, {Code::connection_lost, kClosedByServer}};
     if (errno != EINTR) return failed("reading from");
   }
 }

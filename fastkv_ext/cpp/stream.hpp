@@ -27,8 +27,20 @@ class Stream {
   virtual Moved write(std::span<const iovec> from) noexcept = 0;
   // At least so many bytes will come: the descriptor need not be readable before some are there.
   virtual void expect(std::size_t /*bytes*/) noexcept {}
+  // There may be more to read, or a failure to tell, though the descriptor is not readable.
+  virtual bool holds_bytes() const noexcept { return false; }
+  // A read waits until the descriptor takes bytes, or a write until some come: whatever happens to
+  // the descriptor, try both again.
+  virtual bool crossed() const noexcept { return false; }
   // For a child after fork: gives the descriptor back, the parent's connection lives on.
   virtual void close_after_fork() noexcept = 0;
+
+ protected:
+  static constexpr const char* kClosedByServer = "Connection closed by server.";
+  // Throws std::system_error.
+  static void make_non_blocking(int fd);
+  // What errno means for a stream.
+  static Moved failed(const char* doing) noexcept;
 };
 
 // TCP or unix socket.

@@ -106,6 +106,9 @@ void Worker::loop() {
     inbox.asleep = false;
     now_ = Clock::now();
     woken = false;
+    for (const auto& lane : lanes_) {
+      if (lane->reads_on) receive(*lane);
+    }
     for (int i = 0; i < count; ++i) {
       const epoll_event& event = events[static_cast<std::size_t>(i)];
       auto* const lane = static_cast<Lane*>(event.data.ptr);
@@ -113,7 +116,10 @@ void Worker::loop() {
         woken = true;
         continue;
       }
-      if (lane->stream && (event.events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0) receive(*lane);
+      if (lane->stream &&
+          ((event.events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0 || lane->stream->crossed())) {
+        receive(*lane);
+      }
       if (lane->stream && (event.events & EPOLLOUT) != 0) transmit(*lane);
     }
     if (woken && !handle_messages()) return;
@@ -150,7 +156,7 @@ void Worker::adopt(Lane& lane, Adopt&& message) {
     lane.stream = std::move(message.stream);
   }
   lane.state = State::connected;
-  lane.checking = lane.polls_write = false;
+  lane.checking = lane.polls_write = lane.reads_on = false;
   lane.stall_timeout = message.stall_timeout;
   lane.health_interval = message.health_interval;
   lane.progress = now_;
@@ -158,7 +164,11 @@ void Worker::adopt(Lane& lane, Adopt&& message) {
 
 void Worker::receive(Lane& lane) {
   receive_some(lane);
-  if (lane.stream) lane.stream->expect(lane.session.sure_bytes());
+  if (!lane.stream) return;
+  lane.stream->expect(lane.session.sure_bytes());
+  lane.reads_on = lane.stream->holds_bytes();
+  if (lane.reads_on) turn_again_ = true;
+  if (lane.stream->crossed()) poll_as_needed(lane);
 }
 
 void Worker::receive_some(Lane& lane) {
@@ -198,7 +208,11 @@ void Worker::transmit(Lane& lane) {
     lane.session.commit_write(moved.bytes);
     total += moved.bytes;
   }
-  const bool poll_write = lane.session.has_unsent();
+  poll_as_needed(lane);
+}
+
+void Worker::poll_as_needed(Lane& lane) {
+  const bool poll_write = lane.session.has_unsent() || lane.stream->crossed();
   if (poll_write == lane.polls_write) return;
   epoll_event event{.events = EPOLLIN, .data = {.ptr = &lane}};
   if (poll_write) event.events |= EPOLLOUT;
@@ -345,7 +359,7 @@ void Worker::lose(Lane& lane, const Status& why, bool counted) {
     lane.stream.reset();
   }
   lane.state = State::absent;
-  lane.checking = lane.polls_write = false;
+  lane.checking = lane.polls_write = lane.reads_on = false;
   schedule_.lost(lane.number);
   for (const auto& operation : lane.session.reset(why, counted)) {
     give_back(operation.ticket, operation.sent, counted, why);

@@ -49,6 +49,7 @@ class Worker {
     std::uint64_t generation = 0;  // if not the schedule's: pull no more, drop it when idle
     bool checking = false;         // a health check is on its way; pull when it is answered
     bool polls_write = false;      // registered for EPOLLOUT
+    bool reads_on = false;         // see Stream::holds_bytes
     Clock::duration stall_timeout{};
     Clock::duration health_interval{};
     Clock::time_point progress;  // when a byte last moved, or the wait for one began
@@ -62,6 +63,7 @@ class Worker {
   void receive(Lane& lane);
   void receive_some(Lane& lane);
   void transmit(Lane& lane);
+  void poll_as_needed(Lane& lane);
   void settle(Lane& lane);
   std::size_t feed(Lane& lane);
   void carry(Lane& lane);

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import redis
 
@@ -17,7 +18,7 @@ from bench import plots, run, scaling, scaling_check, scenarios, tables
 from bench.link import LongLink
 from bench.peers import Ceiling, Endpoint, Fastkv, FastkvImmutable, RedisPyPure
 from bench.throughput import Throughput
-from fastkv.cli.private_server import PrivateServer
+from fastkv.cli.private_server import PrivateServer, ServerBinary
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,27 @@ def test_the_ceiling_moves_every_byte(
             assert sent("exists", threads, 3, 5) >= 5 * count * 4
     finally:
         ceiling.close()
+
+
+def test_the_ceiling_moves_every_byte_with_tls(
+    program: Path, tls_binary: ServerBinary, tmp_path: Path
+) -> None:
+    port, arguments = run.tls_arguments(tmp_path)
+    with PrivateServer(tls_binary, *arguments) as server, server.client() as plain:
+        target = Endpoint(str(tls_binary), "tls", port, server.unix_path)
+        ceiling = Ceiling(program, target, "k", 8, 300_001)
+        fast = Fastkv(target)
+        try:
+            ceiling.run("set", 2, 500_000, 3)
+            memory = np.empty((8, 300_001), np.uint8)
+            fast.get([f"k{i}" for i in range(8)], memory)
+            assert plain.get("k7") == memory[7].tobytes()
+            for shape in ((0, 0), (100_000, 1)):
+                seconds, _ = ceiling.run("get", 2, 200_000, *shape, 2)
+                assert seconds > 0
+        finally:
+            ceiling.close()
+            fast.close()
 
 
 def test_a_round_of_throughput_gives_a_report_tables_and_plots(

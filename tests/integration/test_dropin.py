@@ -175,17 +175,6 @@ def test_redis_connect_func_and_credential_provider_are_used(
         assert len(connected) == 1
 
 
-def test_tls_is_refused_by_name_at_the_first_batch_call(make: Any) -> None:
-    client = make(ssl=True)
-    with pytest.raises(fastkv.UnsupportedConnection, match="TLS"):
-        client.batch_tile_exists(["a"])
-    with (
-        fastkv.Redis.from_url("rediss://h:1") as other,
-        pytest.raises(fastkv.UnsupportedConnection, match="TLS"),
-    ):
-        other.batch_tile_exists(["a"])
-
-
 def test_a_connection_without_a_socket_is_refused_by_name(
     make: Any, endpoint: Endpoint
 ) -> None:

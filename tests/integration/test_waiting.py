@@ -423,9 +423,16 @@ def test_what_an_event_loop_cannot_carry_is_refused_by_name() -> None:
     async def connect(connection: Any) -> None: ...
 
     async def main() -> None:
-        for kwargs in ({"ssl": True}, {"redis_connect_func": connect}):
-            async with fastkv.asyncio.Redis(**kwargs) as client:
-                with pytest.raises(fastkv.UnsupportedConnection):
-                    await client.batch_tile_exists(["a"])
+        async with fastkv.asyncio.Redis(redis_connect_func=connect) as client:
+            with pytest.raises(fastkv.UnsupportedConnection):
+                await client.batch_tile_exists(["a"])
+
+        class Mine(redis.asyncio.SSLConnection):
+            pass
+
+        pool = redis.asyncio.ConnectionPool(connection_class=Mine)
+        async with fastkv.asyncio.Redis(connection_pool=pool) as client:
+            with pytest.raises(fastkv.UnsupportedConnection, match="class Mine"):
+                await client.batch_tile_exists(["a"])
 
     asyncio.run(main())
