@@ -206,9 +206,9 @@ class Schedule {
   // Operations queued, by priority. Written under mutex_; read without it as a hint whether pull
   // is worth the lock (see Inbox::asleep).
   std::array<std::atomic<std::size_t>, kPriorities> queued_{};
-  std::atomic<std::size_t> offered_{0};     // offers_.size(), likewise
+  std::atomic<std::size_t> offered_{0};            // offers_.size(), likewise
   std::atomic<Clock::time_point> urgent_until_{};  // written under mutex_
-  std::atomic<std::size_t> stores_out_{0};  // stores that were pulled and are not finished
+  std::atomic<std::size_t> stores_out_{0};         // stores that were pulled and are not finished
 };
 
 }  // namespace fastkv
