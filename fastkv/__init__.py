@@ -3,9 +3,11 @@
 from fastkv._version import __version__
 from fastkv.client import Redis
 from fastkv.errors import TileError, UnsupportedConnection, ValueSizeError
+from fastkv.sentinel import Sentinel
 
 __all__ = [
     "Redis",
+    "Sentinel",
     "TileError",
     "UnsupportedConnection",
     "ValueSizeError",
