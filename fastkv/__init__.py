@@ -2,10 +2,14 @@
 
 from fastkv._version import __version__
 from fastkv.client import Redis
+from fastkv.cluster import RedisCluster
 from fastkv.errors import TileError, UnsupportedConnection, ValueSizeError
+from fastkv.sentinel import Sentinel
 
 __all__ = [
     "Redis",
+    "RedisCluster",
+    "Sentinel",
     "TileError",
     "UnsupportedConnection",
     "ValueSizeError",

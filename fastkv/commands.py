@@ -90,7 +90,10 @@ def check_timeout(timeout: float | None) -> float:
 
 
 def finish(
-    batch: Batch, timeout: float, connect_error: Callable[[], Exception]
+    batch: Batch,
+    timeout: float,
+    connect_error: Callable[[], Exception],
+    error_of_reply: Callable[[str], RedisError] = error_of_reply,
 ) -> list[bool]:
     """Read the outcome of a drained batch.
 
@@ -98,6 +101,7 @@ def finish(
         batch: Drained.
         timeout: As it was submitted with.
         connect_error: Gives the exception of the last connection that failed.
+        error_of_reply: Gives the exception of an error line.
 
     Raises:
         TileError, redis.exceptions.RedisError: See the clients' methods.

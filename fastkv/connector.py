@@ -9,8 +9,6 @@ moment.
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import copy
 import inspect
 import select
@@ -22,12 +20,14 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import redis.asyncio.connection
+import redis.asyncio.sentinel
 import redis.connection
+import redis.sentinel
 from redis._parsers.base import BaseParser
 from redis.backoff import NoBackoff
-from redis.credentials import CredentialProvider
 from redis.exceptions import (
     ConnectionError,
+    RedisError,
     ResponseError,
     TimeoutError,
 )
@@ -35,18 +35,17 @@ from redis.retry import AbstractRetry, Retry
 
 from fastkv._core import Engine, RetryPolicy, TlsStream
 from fastkv._version import __version__
-from fastkv.errors import UnsupportedConnection
+from fastkv.awaited import AwaitedCredentials, AwaitedSentinel, FindLoop
+from fastkv.errors import UnsupportedConnection, error_of_reply
 from fastkv.tls import TlsSocket, check_tls, native_tls_class
 
 SyncPool: TypeAlias = redis.connection.ConnectionPool
 AsyncPool: TypeAlias = redis.asyncio.connection.ConnectionPool
 Pool: TypeAlias = "SyncPool | AsyncPool"
-#: Gives an event loop that is running now, to await a credential provider on.
-FindLoop: TypeAlias = "Callable[[], asyncio.AbstractEventLoop | None]"
 
 # What belongs to the pool's own RESP3 connections. A native one speaks RESP2 and gets
 # no push messages; it reads host and time-outs anew at each connect.
-_NOT_FOR_LANES = frozenset(
+NOT_FOR_LANES = frozenset(
     {
         "himport_registry",
         "maint_notifications_config",
@@ -65,6 +64,12 @@ _SYNC_TWIN = {
     redis.asyncio.connection.SSLConnection: redis.connection.SSLConnection,
     redis.asyncio.connection.UnixDomainSocketConnection: (
         redis.connection.UnixDomainSocketConnection
+    ),
+    redis.asyncio.sentinel.SentinelManagedConnection: (
+        redis.sentinel.SentinelManagedConnection
+    ),
+    redis.asyncio.sentinel.SentinelManagedSSLConnection: (
+        redis.sentinel.SentinelManagedSSLConnection
     ),
 }
 
@@ -85,8 +90,7 @@ def check_supported(pool: Pool) -> None:
         if cls not in _SYNC_TWIN:
             raise UnsupportedConnection(
                 f"batch_tile_* cannot use connections of class {cls.__name__} on an "
-                "event loop; known are Connection, SSLConnection and "
-                "UnixDomainSocketConnection"
+                "event loop; known are redis-py's own"
             )
         if inspect.iscoroutinefunction(
             pool.connection_kwargs.get("redis_connect_func")
@@ -100,9 +104,7 @@ def make_connection(pool: Pool, find_loop: FindLoop) -> Any:
     """Make the sync redis-py Connection for one native connection; it does no I/O
     yet.
     """
-    kwargs = {
-        k: v for k, v in pool.connection_kwargs.items() if k not in _NOT_FOR_LANES
-    }
+    kwargs = {k: v for k, v in pool.connection_kwargs.items() if k not in NOT_FOR_LANES}
     kwargs["protocol"] = 2
     _name_fastkv(kwargs)
     cls: Any = pool.connection_class
@@ -112,7 +114,11 @@ def make_connection(pool: Pool, find_loop: FindLoop) -> Any:
             kwargs.pop(key, None)
         provider = kwargs.get("credential_provider")
         if provider is not None:
-            kwargs["credential_provider"] = _AwaitedCredentials(provider, find_loop)
+            kwargs["credential_provider"] = AwaitedCredentials(provider, find_loop)
+        if "connection_pool" in kwargs:  # Sentinel's
+            kwargs["connection_pool"] = AwaitedSentinel(
+                kwargs["connection_pool"], find_loop
+            )
     if issubclass(cls, redis.connection.SSLConnection):
         cls = native_tls_class(cls)
     connection = cls(**kwargs)
@@ -164,20 +170,45 @@ def retry_of(pool: Pool) -> AbstractRetry[Any]:
     return retry
 
 
-def policy_of(retry: AbstractRetry[Any]) -> RetryPolicy:
+def policy_of(retry: AbstractRetry[Any], pool: Pool) -> RetryPolicy:
     """The part of a Retry that concerns an operation whose connection was lost."""
     errors = retry._supported_errors
     retries = retry._retries
     backoff = copy.deepcopy(retry._backoff)
     backoff.reset()
     attempts = _MOST_DELAYS if retries < 0 else min(retries, _MOST_DELAYS)
+    replies = _replies_raising(errors)
+    if _follows_master(pool) and issubclass(ConnectionError, errors):
+        replies.append(_DEMOTED)
     return RetryPolicy(
         retries,
         [max(0.0, float(backoff.compute(n + 1))) for n in range(attempts)],
         connection_lost=issubclass(ConnectionError, errors),
         stalled=issubclass(TimeoutError, errors),
-        error_replies=_replies_raising(errors),
+        error_replies=replies,
     )
+
+
+def error_of_reply_of(pool: Pool) -> Callable[[str], RedisError]:
+    """What makes exceptions of the error replies on connections of a pool."""
+    if not _follows_master(pool):
+        return error_of_reply
+
+    def of_master(line: str) -> RedisError:
+        if line.encode().startswith(_DEMOTED):
+            return ConnectionError("The previous master is now a slave")
+        return error_of_reply(line)
+
+    return of_master
+
+
+# Sentinel's pools: the master of that moment is found at each connect. A server that
+# answers so was the master when we connected, and redis-py, too, looks again then.
+_DEMOTED = b"READONLY "
+
+
+def _follows_master(pool: Pool) -> bool:
+    return bool(getattr(pool, "is_master", False))
 
 
 def _replies_raising(errors: tuple[type[Exception], ...]) -> list[bytes]:
@@ -211,36 +242,6 @@ def _name_fastkv(kwargs: dict[str, Any]) -> None:
         kwargs["driver_info"] = copy.deepcopy(info).add_upstream_driver(
             "fastkv", __version__
         )
-
-
-class _AwaitedCredentials(CredentialProvider):
-    """A provider of an asyncio client, for the connector thread.
-
-    Its coroutine is awaited on a loop of the client's, where its own resources live.
-    """
-
-    def __init__(self, provider: CredentialProvider, find_loop: FindLoop) -> None:
-        self._provider = provider
-        self._find_loop = find_loop
-
-    def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        loop = self._find_loop()
-        if loop is None:
-            raise ConnectionError("No event loop is left to ask for credentials on.")
-        asked = asyncio.run_coroutine_threadsafe(
-            self._provider.get_credentials_async(), loop
-        )
-        try:
-            return asked.result(_CREDENTIALS_TIMEOUT)
-        except concurrent.futures.TimeoutError as error:
-            asked.cancel()
-            raise ConnectionError(
-                f"The credential provider took over {_CREDENTIALS_TIMEOUT:g} s."
-            ) from error
-
-
-# Seconds that a provider may take, or a loop be busy with something else.
-_CREDENTIALS_TIMEOUT = 30.0
 
 
 class _Attempt:
@@ -309,10 +310,16 @@ class Connector:
             for lane in self._engine.take_connect_requests():
                 attempts.append(_Attempt(lane, now))
             self._check_used()  # may close us
-            pool = self._pool()
-            if self._closing or pool is None:
+            if self._closing:
                 return
             newest = self._engine.newest_batch()
+            pool = self._pool()
+            if pool is None:
+                # Who closes us may not know yet: a garbage collection takes its time
+                # between the pool and the client.
+                error = ConnectionError("The connection pool is gone.")
+                attempts = self._give_up(attempts, newest, error)
+                continue
             try:
                 retry = retry_of(pool)
                 for attempt in [a for a in attempts if a.due <= now]:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -21,7 +21,14 @@ from redis.exceptions import ConnectionError
 
 from fastkv import commands
 from fastkv._core import Batch, Code, Command, CompletionQueue, Engine, RetryPolicy
-from fastkv.connector import Connector, Pool, check_supported, policy_of, retry_of
+from fastkv.connector import (
+    Connector,
+    Pool,
+    check_supported,
+    error_of_reply_of,
+    policy_of,
+    retry_of,
+)
 from fastkv.errors import error_of_code
 from fastkv.options import TileOptions
 
@@ -119,6 +126,7 @@ class Node:
         self._futures: _FutureThread | None = None
         self._loops: list[_Loop] = []
         self._policy: tuple[object, RetryPolicy] | None = None
+        self._error_of_reply = error_of_reply_of(pool)
         self._unused = unused
         self._connector = Connector(
             self._engine, pool, self._running_loop, self._check_used
@@ -160,14 +168,7 @@ class Node:
         if len(batch) == 0:
             future._drained()
             return future
-        with self._lock:
-            if self._futures is None and not self.closed:
-                self._futures = _FutureThread(self._engine)
-            thread = self._futures
-        if thread is None:
-            raise error_of_code(Code.CLOSED, "", len(batch), seconds)
-        batch.waiter = future
-        code = self._engine.submit(batch, thread.queue, self._retry_policy(), seconds)
+        code = self.start(batch, self.future_queue(), seconds, future)
         self._check_accepted(code, batch)
         return future
 
@@ -180,28 +181,11 @@ class Node:
             return []
         began = time.monotonic()
         loop = asyncio.get_running_loop()
-        queue = self._queue_of(loop)
+        queue = self.queue_of(loop)
         batch.waiter = loop.create_future()
         code = self._engine.submit(batch, queue, self._retry_policy(), seconds)
         self._check_accepted(code, batch)
-        try:
-            await batch.waiter
-        except GeneratorExit:
-            # The coroutine is thrown away, or its loop is gone: it cannot wait any
-            # more. The memory stays pinned until the batch is drained.
-            self._engine.cancel(batch)
-            raise
-        except BaseException:
-            self._engine.cancel(batch)
-            while not batch.drained:
-                # The task cancelled the future; the drain resolves this one. A second
-                # cancellation changes nothing: one is raised in any case.
-                batch.waiter = loop.create_future()
-                try:
-                    await asyncio.wait([batch.waiter])
-                except asyncio.CancelledError:
-                    pass
-            raise
+        await drained([(self, batch)])
         return self._finish(batch, seconds, began)
 
     def submit_to(
@@ -228,6 +212,70 @@ class Node:
         finish, batch.waiter = batch.waiter, None
         result: list[bool] = finish()
         return result
+
+    # --- a part of a call over several nodes: see fastkv.rounds ----------------------
+
+    def take_queue(self) -> CompletionQueue:
+        """A queue for one blocking call."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return CompletionQueue()
+
+    def give_queue_back(self, queue: CompletionQueue) -> None:
+        """Nothing is in flight on it. After an interrupt it is not worth keeping."""
+        if self.closed:
+            queue.close()
+        else:
+            self._idle.append(queue)
+
+    def part(
+        self, batch: Batch, queue: CompletionQueue
+    ) -> tuple[Engine, Batch, CompletionQueue, RetryPolicy]:
+        """For `fastkv._core.run_all`."""
+        return self._engine, batch, queue, self._retry_policy()
+
+    def start(
+        self, batch: Batch, queue: CompletionQueue, seconds: float, waiter: object
+    ) -> int:
+        """Submit; ``waiter`` is told once it is drained, if the `Code` is OK."""
+        batch.waiter = waiter
+        code = self._engine.submit(batch, queue, self._retry_policy(), seconds)
+        if code != Code.OK:
+            batch.waiter = None
+        return code
+
+    def cancel(self, batch: Batch) -> None:
+        """Take it back; nothing happens if it is not in flight."""
+        self._engine.cancel(batch)
+
+    def error_of(
+        self, batch: Batch, refusal: int, seconds: float, began: float
+    ) -> Exception | None:
+        """Why a part was not accepted (``refusal`` is not OK) or not answered."""
+        code = refusal or batch.code
+        self._broken |= code == Code.INTERNAL_ERROR
+        error: Exception | None = None
+        if code == Code.CONNECT_FAILED:
+            error = self._connector.fresh_error()
+        elif code != Code.OK:
+            error = error_of_code(code, batch.detail, len(batch), seconds)
+        self._record(batch, began, error)
+        return error
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight."""
+        return self._engine.batches_in_flight == 0
+
+    def future_queue(self) -> CompletionQueue:
+        """Of the thread that completes futures; started if need be."""
+        with self._lock:
+            if self._futures is None and not self.closed:
+                self._futures = _FutureThread(self._engine)
+            if self._futures is None:
+                raise error_of_code(Code.CLOSED, "", 0, 0)
+            return self._futures.queue
 
     # --- life ------------------------------------------------------------------------
 
@@ -278,7 +326,7 @@ class Node:
         if self._futures is not None:
             batches += self._futures.drained
         for batch in batches:
-            if isinstance(batch.waiter, TileFuture):
+            if isinstance(batch.waiter, TileFuture):  # several parts may have one
                 batch.waiter._forked()
         queues = [*self._idle, *(loop.queue for loop in self._loops)]
         if self._futures is not None:
@@ -297,16 +345,9 @@ class Node:
             self._unused(self)
 
     def _block_on(self, batch: Batch, seconds: float) -> int:
-        try:
-            queue = self._idle.pop()
-        except IndexError:
-            queue = CompletionQueue()
+        queue = self.take_queue()
         code = self._engine.run(batch, queue, self._retry_policy(), seconds)
-        # Not in a finally: after an interrupt the queue is not worth keeping.
-        if self.closed:
-            queue.close()
-        else:
-            self._idle.append(queue)
+        self.give_queue_back(queue)
         return code
 
     def _retry_policy(self) -> RetryPolicy:
@@ -323,7 +364,7 @@ class Node:
             kwargs.get("retry_on_timeout"),
         )
         if self._policy is None or self._policy[0] != state:
-            self._policy = (state, policy_of(retry_of(pool)))
+            self._policy = (state, policy_of(retry_of(pool), pool))
         return self._policy[1]
 
     def _check_accepted(self, code: int, batch: Batch) -> None:
@@ -336,7 +377,9 @@ class Node:
         if batch.code == Code.INTERNAL_ERROR:
             self._broken = True
         try:
-            result = commands.finish(batch, seconds, self._connector.fresh_error)
+            result = commands.finish(
+                batch, seconds, self._connector.fresh_error, self._error_of_reply
+            )
         except Exception as error:
             self._record(batch, began, error)
             raise
@@ -363,7 +406,7 @@ class Node:
             error=error,
         )
 
-    def _queue_of(self, loop: asyncio.AbstractEventLoop) -> CompletionQueue:
+    def queue_of(self, loop: asyncio.AbstractEventLoop) -> CompletionQueue:
         for known in self._loops:
             if known.loop() is loop:
                 return known.queue
@@ -383,6 +426,35 @@ class Node:
         with self._lock:
             loops = [known.loop() for known in self._loops]
         return next((loop for loop in loops if loop and loop.is_running()), None)
+
+
+async def drained(parts: Sequence[tuple[Node, Batch]]) -> None:
+    """Await batches whose waiters are futures of this loop. If the task is cancelled,
+    so are they, and it goes on once no worker can touch the memory.
+    """
+    try:
+        for _, batch in parts:
+            if batch.waiter is not None:
+                await batch.waiter
+    except GeneratorExit:
+        # The coroutine is thrown away, or its loop is gone: it cannot wait any more.
+        # The memory stays pinned until the batch is drained.
+        for node, batch in parts:
+            node.cancel(batch)
+        raise
+    except BaseException:
+        for node, batch in parts:
+            node.cancel(batch)
+        for _, batch in parts:
+            while not batch.drained:
+                # The task cancelled the future; the drain resolves this one. A second
+                # cancellation changes nothing: one is raised in any case.
+                batch.waiter = asyncio.get_running_loop().create_future()
+                try:
+                    await asyncio.wait([batch.waiter])
+                except asyncio.CancelledError:
+                    pass
+        raise
 
 
 class _Loop:

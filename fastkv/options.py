@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
@@ -47,6 +47,28 @@ class TileOptions:
                     f"tile_{field}: expected {least} to {most}, got {value}"
                 )
 
+    def share(self, nodes: int, number: int) -> TileOptions:
+        """Of the ``number``-th of ``nodes`` that have these together: workers and
+        connections are divided, and none goes without.
+        """
+        workers, connections, _, _ = self.filled(1 << 30)
+
+        def part(total: int) -> int:
+            return max(1, total // nodes + (number % nodes < total % nodes))
+
+        return replace(self, workers=part(workers), connections=part(connections - 1))
+
+    def overridden(self, by: TileOptions) -> TileOptions:
+        """These, but for those that ``by`` gives."""
+        given = {k: v for k, v in vars(by).items() if v is not None}
+        return replace(self, **given)
+
+    def on_replica(self) -> TileOptions:
+        """These, for a pool of replicas: there a key that expires while replication
+        lags can defeat WATCH, so nothing is read in ranges unless it was asked for.
+        """
+        return self if self.range_bytes is not None else replace(self, range_bytes=0)
+
     def filled(self, max_connections: int) -> tuple[int, int, int, int]:
         """No default left.
 
@@ -63,6 +85,17 @@ class TileOptions:
         )
 
 
+_FIELDS = {f"tile_{field.name}": field.name for field in fields(TileOptions)}
+
+
+def take_options(
+    kwargs: dict[str, Any], base: TileOptions = TileOptions()
+) -> tuple[TileOptions, dict[str, Any]]:
+    """Split keyword arguments into the `tile_*` ones, over ``base``, and the rest."""
+    taken = {_FIELDS[k]: v for k, v in kwargs.items() if k in _FIELDS}
+    return replace(base, **taken), {k: v for k, v in kwargs.items() if k not in _FIELDS}
+
+
 def options_of_url(
     url: str, kwargs: dict[str, Any]
 ) -> tuple[str, TileOptions, dict[str, Any]]:
@@ -73,9 +106,8 @@ def options_of_url(
     Returns:
         The URL and the keyword arguments without them, and the options.
     """
-    given = {f"tile_{field.name}": field.name for field in fields(TileOptions)}
-    taken = {given[k]: v for k, v in kwargs.items() if k in given}
-    rest = {k: v for k, v in kwargs.items() if k not in given}
+    options, rest = take_options(kwargs)
+    taken = {}
     # By hand, so that the rest stays as it is (urlunsplit would change unix:///path).
     head, mark, tail = url.partition("?")
     query, hash_sign, fragment = tail.partition("#")
@@ -85,12 +117,12 @@ def options_of_url(
         if not name.startswith("tile_"):
             kept.append(item)
             continue
-        if name not in given:
-            raise ValueError(f"{name}: unknown; known are {', '.join(given)}")
+        if name not in _FIELDS:
+            raise ValueError(f"{name}: unknown; known are {', '.join(_FIELDS)}")
         value = dict(parse_qsl(item)).get(name, "")
         try:
-            taken[given[name]] = int(value)
+            taken[_FIELDS[name]] = int(value)
         except ValueError:
             raise ValueError(f"{name}: expected an int, got {value!r}") from None
     url = head + mark + "&".join(kept) + hash_sign + fragment
-    return url, TileOptions(**taken), rest
+    return url, replace(options, **taken), rest

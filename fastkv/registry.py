@@ -21,14 +21,17 @@ _nodes: weakref.WeakKeyDictionary[Pool, Node] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 
 
-def node_of(client: Any, options: TileOptions) -> Node:
-    """The node of a client's pool; starts it if need be.
+def node_of(client: Any, options: TileOptions, pool: Pool | None = None) -> Node:
+    """The node of a client's pool, or of ``pool``, one of a cluster client's; starts it
+    if need be.
 
     Raises:
         ValueError: Another client of the pool has started it with other options.
         UnsupportedConnection: See `fastkv.connector.check_supported`.
     """
-    pool = client.connection_pool
+    # What share a cluster's node gets depends on who comes first.
+    any_options = pool is not None
+    pool = pool or client.connection_pool
     broken = None
     with _lock:
         node = _nodes.get(pool)
@@ -36,7 +39,7 @@ def node_of(client: Any, options: TileOptions) -> Node:
             broken = node
             node = _nodes[pool] = Node(pool, options, _close_unused)
             _watch(pool, node)
-        elif options not in (TileOptions(), node.options):
+        elif not any_options and options not in (TileOptions(), node.options):
             raise ValueError(
                 f"the pool's native connections were started with {node.options}, "
                 f"this client has {options}"

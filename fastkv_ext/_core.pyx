@@ -108,6 +108,7 @@ cdef class Batch:
     Attributes:
         waiter: The caller's own; what to notify when the batch is drained.
         drained: No worker can touch the memory any more, and the pins are released.
+        whole: Of a part: the batch whose memory it uses, and whose pins hold it.
     """
 
     cdef shared_ptr[CppBatch] cpp
@@ -119,9 +120,13 @@ cdef class Batch:
     cdef readonly bint drained
     cdef readonly object keys
     cdef public object waiter
-    cdef bint valued
+    cdef readonly Batch whole
+    cdef Py_ssize_t parts_in_flight
+    cdef bint ended
 
     def __cinit__(self):
+        self.parts_in_flight = 0
+        self.ended = False
         self.views = NULL
         self.view_count = 0
         self.view_room = 0
@@ -132,7 +137,6 @@ cdef class Batch:
         self.id = _last_id
         self.keys = keys
         self.command = command
-        self.valued = command == <int>CppCommand.get or command == <int>CppCommand.set
         self.cpp = make_shared[CppBatch](<CppCommand>command)
         cdef CppBatch* batch = self.cpp.get()
         batch.reserve(len(keys))
@@ -174,6 +178,58 @@ cdef class Batch:
     def promise_immutable(self):
         """Say that no value changes while it is read."""
         self.cpp.get().promise_immutable()
+
+    def read_whole(self):
+        """Say that no value may be read in ranges."""
+        self.cpp.get().read_whole()
+
+    def ask(self):
+        """Say that each command must be sent behind an ASKING, to a node of a cluster that is about
+        to get the key's slot."""
+        self.cpp.get().ask()
+
+    @property
+    def immutable(self) -> bool:
+        """Whether `promise_immutable` was called."""
+        return self.cpp.get().immutable()
+
+    def part(self, indices):
+        """Make a batch of some of the keys, for one node of a cluster.
+
+        It uses the memory of this one, which stays pinned while a part is in flight.
+        """
+        global _last_id
+        cdef Batch part = Batch.__new__(Batch)
+        _last_id += 1
+        part.id = _last_id
+        part.keys = ()
+        part.command = self.command
+        part.whole = self
+        part.cpp = self.cpp.get().part(indices)
+        return part
+
+    def take(self, Batch part):
+        """Take over the answers of a part that was drained, or not accepted.
+
+        Returns:
+            ``(indices without an answer, [(index, error line)] of those sent elsewhere)``.
+        """
+        cdef Rest rest = self.cpp.get().take(part.cpp.get()[0])
+        return list(rest.unanswered), [
+            (failure.index, failure.error.decode("utf-8", "replace"))
+            for failure in rest.redirected
+        ]
+
+    def end_parts(self):
+        """Say that no part will be submitted any more: the pins go when the last is drained."""
+        self.ended = True
+        if self.parts_in_flight == 0:
+            self._release()
+
+    cdef _part_drained(self):
+        self.parts_in_flight -= 1
+        if self.ended and self.parts_in_flight == 0:
+            self._release()
 
     def pin_values(self, values, bint writable, as_buffer):
         """Pin one value a key: a buffer, or a tuple of buffers to be filled or sent in order.
@@ -316,6 +372,56 @@ cdef class Batch:
 
 
 cdef unsigned long long _last_id = 0
+
+
+def key_slot(bytes key):
+    """The slot of Redis Cluster that a key is in."""
+    return cpp_key_slot(string_view(PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key)))
+
+
+@cython.final
+cdef class SlotMap:
+    """Who serves each slot of a cluster. Immutable.
+
+    Args:
+        owners: For each slot a number of its owner, counted from 0, as an array of ``uint16``;
+            65535 is nobody.
+    """
+
+    cdef shared_ptr[CppSlotMap] cpp
+
+    def __init__(self, const uint16_t[::1] owners not None):
+        self.cpp = make_shared[CppSlotMap](
+            Owners(&owners[0] if len(owners) > 0 else NULL, len(owners))
+        )
+
+    def route(self, Batch batch, indices):
+        """Group keys by owner.
+
+        Args:
+            indices: Of the keys; a range must have no step.
+
+        Returns:
+            For each owner that is needed ``(number, indices)``, and those of nobody with None.
+        """
+        cdef vector[uint32_t] wanted
+        cdef vector[vector[uint32_t]] routed
+        cdef uint32_t index
+        if type(indices) is range:  # of all keys, say: 100,000 objects less to make
+            for index in range(indices.start, indices.stop):
+                wanted.push_back(index)
+        else:
+            wanted = indices
+        with nogil:
+            routed = batch.cpp.get().route(
+                self.cpp.get()[0], Indices(wanted.data(), wanted.size())
+            )
+        cdef size_t i
+        result = []
+        for i in range(routed.size()):
+            if not routed[i].empty():
+                result.append((None if i + 1 == routed.size() else i, list(routed[i])))
+        return result
 
 
 cdef bint _has_objects(const char* format) noexcept:
@@ -581,6 +687,8 @@ cdef class Engine:
         cdef shared_ptr[const CppRetryPolicy] cpp_policy = policy.cpp
         self.in_flight[batch.id] = batch
         queue.in_flight += 1
+        if batch.whole is not None:
+            batch.whole.parts_in_flight += 1
         with nogil:
             status = self.cpp.submit(
                 move(cpp), batch.id, move(cpp_queue), move(cpp_policy), timeout
@@ -588,6 +696,8 @@ cdef class Engine:
         if status.code != _Code.ok:
             del self.in_flight[batch.id]
             queue.in_flight -= 1
+            if batch.whole is not None:
+                batch.whole._part_drained()
         return <int>status.code
 
     def run(self, Batch batch, CompletionQueue queue, RetryPolicy policy, double timeout):
@@ -627,6 +737,8 @@ cdef class Engine:
             batch = self.in_flight.pop(id)
             batch.drained = True
             batch._release()
+            if batch.whole is not None:
+                batch.whole._part_drained()
             queue.in_flight -= 1
             done.append(batch)
         return done
@@ -723,7 +835,47 @@ cdef class Engine:
         self.in_flight.clear()
         for batch in batches:
             batch._release()
+            if batch.whole is not None:
+                batch.whole._part_drained()
         return batches
+
+
+def run_all(parts, double timeout):
+    """`Engine.run` for several at once.
+
+    Args:
+        parts: ``(engine, batch, queue, policy)`` each, with a queue of its own.
+        timeout: Seconds; 0: no limit.
+
+    Returns:
+        A `Code` for each, as `Engine.submit` returns it.
+    """
+    cdef Engine engine
+    cdef Batch batch
+    cdef CompletionQueue queue
+    cdef RetryPolicy policy
+    cdef int code
+    cdef list codes = []
+    cdef list accepted = []
+    try:
+        for engine, batch, queue, policy in parts:
+            code = engine.submit(batch, queue, policy, timeout)
+            codes.append(code)
+            if code == 0:
+                accepted.append((engine, batch, queue))
+        for engine, batch, queue in accepted:
+            while not batch.drained:
+                queue.wait()
+                engine.drain(queue)
+    except BaseException:
+        for engine, batch, _ in accepted:
+            engine.cancel(batch)
+        for engine, batch, queue in accepted:
+            while not batch.drained:
+                queue._poll(-1)
+                engine.drain(queue)
+        raise
+    return codes
 
 
 @cython.final

@@ -1,5 +1,5 @@
 # The C++ API as Cython sees it: the only `cdef extern`, all of it callable without the GIL.
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libcpp cimport bool as cpp_bool
 from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
@@ -70,6 +70,22 @@ cdef extern from "resp.hpp" namespace "fastkv" nogil:
         ReplyStep next(string_view) noexcept
 
 
+cdef extern from "<span>" namespace "std" nogil:
+    cdef cppclass Owners "std::span<const std::uint16_t>":
+        Owners(const uint16_t*, size_t) noexcept
+
+    cdef cppclass Indices "std::span<const std::uint32_t>":
+        Indices(const uint32_t*, size_t) noexcept
+
+
+cdef extern from "slots.hpp" namespace "fastkv" nogil:
+    size_t kSlots
+    uint16_t cpp_key_slot "fastkv::key_slot"(string_view) noexcept
+
+    cdef cppclass CppSlotMap "fastkv::SlotMap":
+        CppSlotMap(Owners) noexcept
+
+
 cdef extern from "session.hpp" namespace "fastkv" nogil:
     cdef enum class CppCommand "fastkv::Command"(uint8_t):
         get
@@ -94,8 +110,18 @@ cdef extern from "batch.hpp" namespace "fastkv" nogil:
         int64_t actual_bytes
         string error
 
+    cdef cppclass Rest "fastkv::Batch::Rest":
+        vector[uint32_t] unanswered
+        vector[Failure] redirected
+
     cdef cppclass CppBatch "fastkv::Batch":
         CppBatch(CppCommand) except +
+        vector[vector[uint32_t]] route(const CppSlotMap&, Indices) except +
+        shared_ptr[CppBatch] part(vector[uint32_t]) except +
+        Rest take(const CppBatch&) except +
+        cpp_bool immutable() noexcept
+        void read_whole() noexcept
+        void ask() noexcept
         void reserve(size_t) except +
         void add_key(string_view) except +
         void add_segment(void*, size_t) except +

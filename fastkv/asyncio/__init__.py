@@ -1,5 +1,7 @@
-"""The event-loop twin of `fastkv.Redis`."""
+"""The event-loop twins of `fastkv`'s clients."""
 
 from fastkv.asyncio.client import Redis
+from fastkv.asyncio.cluster import RedisCluster
+from fastkv.asyncio.sentinel import Sentinel
 
-__all__ = ["Redis"]
+__all__ = ["Redis", "RedisCluster", "Sentinel"]

@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import redis.asyncio
 
-from fastkv import commands
-from fastkv.commands import Keys, Seconds, When
+from fastkv._core import Batch
+from fastkv.asyncio.tiles import Tiles
 from fastkv.node import Node
 from fastkv.options import TileOptions, options_of_url
 from fastkv.registry import leave_node, node_of
 
 if TYPE_CHECKING:
+    from redis._parsers.encoders import Encoder
     from typing_extensions import Self
 
-    from fastkv.buffers import Buffers
 
-
-class Redis(redis.asyncio.Redis):
+class Redis(Tiles, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's own bases disagree
     """redis-py's `redis.asyncio.Redis` with the calls of `fastkv.Redis` as coroutines.
 
     One client may be used from several event loops at once, as far as the
@@ -79,64 +78,9 @@ class Redis(redis.asyncio.Redis):
             node = self._tile_node = node_of(self, self._tile_options)
         return node
 
-    async def batch_tile_get(
-        self,
-        keys: Keys,
-        buffers: Buffers,
-        *,
-        immutable: bool = False,
-        timeout: float | None = None,
-    ) -> list[bool]:
-        """`fastkv.Redis.batch_tile_get`, awaited.
+    def _tile_encoder(self) -> Encoder:
+        encoder: Encoder = self.connection_pool.get_encoder()
+        return encoder
 
-        Cancelling the task takes the batch back. `asyncio.CancelledError` is raised
-        once no thread can write the buffers any more, which takes moments, not the
-        network's time.
-        """
-        batch = commands.get(
-            self.connection_pool.get_encoder(), keys, buffers, immutable
-        )
-        return await self._node().wait(batch, timeout)
-
-    async def batch_tile_set(
-        self,
-        keys: Keys,
-        buffers: Buffers,
-        *,
-        ex: Seconds | None = None,
-        px: Seconds | None = None,
-        exat: When | None = None,
-        pxat: When | None = None,
-        keepttl: bool = False,
-        nx: bool = False,
-        xx: bool = False,
-        timeout: float | None = None,
-    ) -> list[bool]:
-        """`fastkv.Redis.batch_tile_set`, awaited; cancelled as `batch_tile_get` is."""
-        batch = commands.set(
-            self.connection_pool.get_encoder(),
-            keys,
-            buffers,
-            ex,
-            px,
-            exat,
-            pxat,
-            keepttl,
-            nx,
-            xx,
-        )
-        return await self._node().wait(batch, timeout)
-
-    async def batch_tile_exists(
-        self, keys: Keys, *, timeout: float | None = None
-    ) -> list[bool]:
-        """`fastkv.Redis.batch_tile_exists`, awaited."""
-        batch = commands.exists(self.connection_pool.get_encoder(), keys)
-        return await self._node().wait(batch, timeout)
-
-    async def batch_tile_delete(
-        self, keys: Keys, *, timeout: float | None = None
-    ) -> list[bool]:
-        """`fastkv.Redis.batch_tile_delete`, awaited."""
-        batch = commands.delete(self.connection_pool.get_encoder(), keys)
+    async def _tile_wait(self, batch: Batch, timeout: float | None) -> list[bool]:
         return await self._node().wait(batch, timeout)

@@ -18,6 +18,7 @@
 
 #include "completion_queue.hpp"
 #include "session.hpp"
+#include "slots.hpp"
 #include "status.hpp"
 
 namespace fastkv {
@@ -58,10 +59,33 @@ class Batch {
   void end_value() { value_ends_.push_back(segments_.size()); }
   void add_set_option(std::string_view argument);
   void forbid_repeat() noexcept { repeatable_ = false; }
+  // No value is read in ranges.
+  void read_whole() noexcept { whole_ = true; }
+  // The keys go to a node of a cluster that is about to get their slots, and nothing may stand
+  // between ASKING and the command: no ranges.
+  void ask() noexcept { asking_ = whole_ = true; }
   // No value changes while it is read: no snapshot is needed.
   void promise_immutable() noexcept { immutable_ = true; }
 
+  // One call over the nodes of a cluster: the batch itself is never submitted. Parts of it are,
+  // each to one node, until every key has an answer. The memory is the whole's.
+  //
+  // For each owner of slots, the keys that it serves; those that nobody does come last.
+  std::vector<std::vector<std::uint32_t>> route(const SlotMap& map,
+                                                std::span<const std::uint32_t> indices) const;
+  std::shared_ptr<Batch> part(std::vector<std::uint32_t> indices) const;
+  // A part has completed: takes over its answers. What is left has to be sent again.
+  struct Rest {
+    std::vector<std::uint32_t> unanswered;  // by index in the whole
+    std::vector<Failure> redirected;
+  };
+  Rest take(const Batch& part);
+
+  // Before the first answer.
+  void prepare_outcomes() { outcomes_.assign(size(), Outcome::unanswered); }
+
   Command command() const noexcept { return command_; }
+  bool immutable() const noexcept { return immutable_; }
   Priority priority() const noexcept;
   std::size_t size() const noexcept { return key_ends_.size(); }
   std::string_view key(std::size_t index) const noexcept;
@@ -93,6 +117,9 @@ class Batch {
   const Command command_;
   bool repeatable_ = true;
   bool immutable_ = false;
+  bool whole_ = false;
+  bool asking_ = false;
+  std::vector<std::uint32_t> places_;  // of a part: the keys' indices in the whole
   std::uint64_t range_bytes_ = 0;
   std::string keys_;  // all keys, one after the other
   std::vector<std::size_t> key_ends_;

@@ -59,7 +59,7 @@ Status Schedule::submit(std::shared_ptr<Batch> batch, std::uint64_t id,
   batch->queue_ = std::move(queue);
   batch->retry_ = std::move(retry);
   batch->deadline_ = deadline;
-  batch->outcomes_.assign(operations, Outcome::unanswered);
+  batch->prepare_outcomes();
   batch->unfinished_ = operations;
   if (batch->command() == Command::get && range_bytes_ > 0) {
     batch->range_bytes_ = range_bytes_;

@@ -44,6 +44,8 @@ void Session::push(const Operation& operation) {
     }
     return;
   }
+  // Counts for the one command that follows it on the connection.
+  if (operation.asking) push({.command = Command::asking});
   Waiting waiting{.ticket = operation.ticket,
                   .command = operation.command,
                   .first_byte = queued_,
@@ -69,6 +71,10 @@ void Session::push(const Operation& operation) {
     case Command::unwatch:
       heads_.append("*1\r\n$7\r\nUNWATCH\r\n");
       waiting.abandoned = true;  // nobody waits for it
+      break;
+    case Command::asking:
+      heads_.append("*1\r\n$6\r\nASKING\r\n");
+      waiting.abandoned = true;  // nor for this: a refusal shows in the command's own reply
       break;
     case Command::watch:
     case Command::range:
@@ -221,6 +227,7 @@ std::size_t Session::head_target() const noexcept {
     const Waiting& waiting = waiting_[i];
     switch (waiting.command) {
       case Command::unwatch:
+      case Command::asking:
       case Command::watch:
       case Command::multi: bytes += 5; break;  // +OK
       case Command::exec: bytes += 4; break;   // *0
@@ -411,6 +418,7 @@ Status Session::take_head(const ReplyHead& head) {
       return {};
     case Command::ping:
     case Command::unwatch:
+    case Command::asking:
       if (head.type != Type::simple) return protocol_error("no simple string where one was due");
       complete(Outcome::hit);
       return {};

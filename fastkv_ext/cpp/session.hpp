@@ -41,6 +41,7 @@ enum class Command : std::uint8_t {
   exists,
   unlink,
   ping,
+  asking,
   // Steps of a GET in ranges.
   unwatch,
   watch,
@@ -63,6 +64,7 @@ struct Operation {
   // get: read it in ranges; null: whole. Shared with other connections that read the same value.
   std::shared_ptr<RangedValue> ranges;
   bool helping = false;          // ... that another connection has begun
+  bool asking = false;           // ask a node of a cluster that does not own the slot yet
   std::string_view set_options;  // set: arguments after the value, already RESP bulk strings
   std::size_t set_option_count = 0;
 };

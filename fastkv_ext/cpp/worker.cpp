@@ -236,6 +236,9 @@ void Worker::settle(Lane& lane) {
     const std::uint32_t index = completed.ticket.index;
     if (refused && batch.retried_by_policy(completed.error)) {
       if (drop.ok()) drop = {Code::connection_lost, completed.error};
+      // A master that was demoted is so for all connections to it: the next attempt is for a new
+      // one.
+      if (completed.error.starts_with("READONLY ")) schedule_.retire_connections();
       // An error reply says that the command did not run, so even a conditional SET may go again.
       if (schedule_.requeue(batch, index, false, true, Code::connection_lost)) continue;
     }

@@ -175,6 +175,35 @@ TEST(each_outcome_leaves_the_connection_in_step) {
   }
 }
 
+TEST(asking_stands_right_before_its_command_and_has_no_outcome_of_its_own) {
+  for (const std::size_t most : {1, 5, 1 << 20}) {
+    for (const std::string said : {"+OK\r\n", "-ERR no cluster\r\n"}) {
+      Session session;
+      Memory memory(3);
+      session.push(plain(Command::exists, "a"));
+      Operation asking = get("k", memory, &owner_a, 1);
+      asking.asking = true;
+      session.push(asking);
+      asking = plain(Command::unlink, "k", 2);
+      asking.asking = true;
+      session.push(asking);
+      session.push(plain(Command::exists, "b", 3));
+      const std::string ask = "*1\r\n$6\r\nASKING\r\n";
+      CHECK(sent(session) ==
+            "*2\r\n$6\r\nEXISTS\r\n$1\r\na\r\n" + ask + "*2\r\n$3\r\nGET\r\n$1\r\nk\r\n" + ask +
+                "*2\r\n$6\r\nUNLINK\r\n$1\r\nk\r\n" + "*2\r\n$6\r\nEXISTS\r\n$1\r\nb\r\n");
+      CHECK(feed(session, ":1\r\n" + said + bulk("abc") + said + "-MOVED 7 h:1\r\n:0\r\n", most)
+                .ok());
+      const auto done = completed(session);
+      CHECK(done.size() == 4);
+      for (std::uint32_t i = 0; i < 4; ++i) CHECK(done[i].ticket.index == i);
+      CHECK(done[1].outcome == Outcome::hit && memory.text() == "abc");
+      CHECK(done[2].outcome == Outcome::refused && done[2].error == "MOVED 7 h:1");
+      CHECK(session.outstanding_bytes() == 0 && session.requests() == 0);
+    }
+  }
+}
+
 TEST(a_set_sends_all_parts_of_its_value_and_its_options) {
   for (const std::size_t most : {1, 3, 1 << 20}) {
     Session session;
@@ -557,7 +586,8 @@ TEST(a_watch_that_was_left_is_undone_before_the_next) {
 TEST(a_refused_step_is_a_misfit_and_remembered) {
   // WATCH, four ranges, MULTI, EXEC.
   for (std::size_t refused = 0; refused < 7; ++refused) {
-    for (const std::string why : {"-ERR unknown command\r\n", "-LOADING wait\r\n"}) {
+    for (const std::string why :
+         {"-ERR unknown command\r\n", "-LOADING wait\r\n", "-MOVED 7 h:1\r\n", "-ASK 7 h:1\r\n"}) {
       Session session;
       Memory memory(30'000);
       session.push(in_ranges(memory, true));

@@ -14,12 +14,13 @@ CPP = {
     "fd": set(),
     "resp": {"status", "fd"},
     "ranged_value": {"status"},
+    "slots": set(),
     "session": {"status", "fd", "resp", "ranged_value"},
     "stream": {"status", "fd"},
     "tls": {"status", "fd", "stream"},
     "tls_missing": {"tls"},
     "completion_queue": {"status", "fd"},
-    "batch": {"status", "fd", "resp", "session", "completion_queue"},
+    "batch": {"status", "fd", "resp", "session", "slots", "completion_queue"},
     "schedule": {"status", "fd", "batch", "completion_queue", "stream"},
     "worker": {"status", "fd", "session", "stream", "batch", "schedule"},
     "engine": {
@@ -39,12 +40,21 @@ PYTHON = {
     "buffers": {"_core"},
     "commands": {"_core", "buffers", "errors"},
     "tls": {"_core", "errors"},
-    "connector": {"_core", "_version", "errors", "tls"},
+    "awaited": set(),
+    "connector": {"_core", "_version", "awaited", "errors", "tls"},
     "options": set(),
     "node": {"_core", "commands", "connector", "errors", "options"},
     "registry": {"connector", "node", "options"},
-    "client": {"buffers", "commands", "node", "options", "registry"},
-    "asyncio": {"buffers", "commands", "node", "options", "registry"},
+    "rounds": {"_core", "commands", "errors", "node"},
+    "topology": {"_core", "connector", "node", "options", "registry", "rounds"},
+    "tiles": {"_core", "buffers", "commands", "node"},
+    "client": {"_core", "node", "options", "registry", "tiles"},
+    "cluster": {"_core", "connector", "node", "options", "rounds", "tiles", "topology"},
+    "sentinel": {"client", "options"},
+    "asyncio": {
+        *("_core", "buffers", "commands", "connector", "node", "options", "registry"),
+        *("rounds", "topology"),
+    },
     "lmcache": {"_core", "client", "commands", "connector", "errors", "node"},
     # The command line stands on top and uses the package as its users do, too.
     "cli": {"", "_version", "_core", "options"},
@@ -63,7 +73,7 @@ def test_protocol_files_know_no_sockets_threads_or_clocks() -> None:
     forbidden = re.compile(
         r"<(thread|mutex|chrono|sys/socket\.h|unistd\.h|sys/epoll\.h)>"
     )
-    for stem in ("resp", "ranged_value", "session"):
+    for stem in ("resp", "ranged_value", "slots", "session"):
         for suffix in ("hpp", "cpp"):
             text = (ROOT / f"fastkv_ext/cpp/{stem}.{suffix}").read_text()
             assert not forbidden.search(text), stem

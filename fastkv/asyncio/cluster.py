@@ -1,0 +1,148 @@
+"""`fastkv.asyncio.RedisCluster`: redis-py's, and how it learns of changes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import redis.asyncio
+from redis.asyncio.cluster import ClusterNode, NodesManager
+from redis.exceptions import ConnectionError
+from redis.utils import str_if_bytes
+
+from fastkv import rounds
+from fastkv._core import Batch
+from fastkv.asyncio.tiles import Tiles
+from fastkv.connector import NOT_FOR_LANES, Pool
+from fastkv.options import options_of_url, take_options
+from fastkv.topology import Routing
+
+if TYPE_CHECKING:
+    from redis._parsers.encoders import Encoder
+    from typing_extensions import Self
+
+# As in fastkv.cluster.
+_HINTS = inspect.signature(NodesManager.initialize).parameters
+
+# redis-py's commands close and reopen the client when the cluster has changed.
+_inside_command: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "fastkv_inside_command", default=False
+)
+
+
+class RedisCluster(Tiles, Routing, redis.asyncio.RedisCluster):  # type: ignore[misc]  # redis-py's own bases disagree
+    """redis-py's `redis.asyncio.RedisCluster` with the calls of `fastkv.RedisCluster`
+    as coroutines. See there for the arguments. As redis-py's, it belongs to one event
+    loop.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        options, kwargs = take_options(kwargs)
+        self._start_routing(options)
+        # redis-py's nodes here have no pool; these say how to connect, no more.
+        self._tile_pools: dict[str, Pool] = {}
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def from_url(cls, url: str, **kwargs: Any) -> Self:
+        """As redis-py's; ``tile_*`` arguments may stand in the query too."""
+        url, options, kwargs = options_of_url(url, kwargs)
+        client = super().from_url(url, **kwargs)
+        assert isinstance(client, cls)
+        client._tile_options = options
+        return client
+
+    async def aclose(self) -> None:
+        """As redis-py's. Ends the native connections as `fastkv.RedisCluster.close`."""
+        if not _inside_command.get():
+            # Joins threads, which may take a moment.
+            await asyncio.get_running_loop().run_in_executor(None, self._leave_nodes)
+        await super().aclose()
+
+    async def _execute_command(self, *args: Any, **kwargs: Any) -> Any:
+        token = _inside_command.set(True)
+        try:
+            return await super()._execute_command(*args, **kwargs)
+        finally:
+            _inside_command.reset(token)
+
+    def __del__(self, *args: Any, **kwargs: Any) -> None:
+        # May run in the middle of anything, in any thread: no lock, no join.
+        if hasattr(self, "_tile_nodes"):
+            self._drop_nodes()
+        super().__del__(*args, **kwargs)
+
+    def _tile_encoder(self) -> Encoder:
+        return self.encoder
+
+    async def _tile_wait(self, batch: Batch, timeout: float | None) -> list[bool]:
+        if self._initialize:
+            await self.initialize()
+        return await rounds.wait(self, batch, timeout)
+
+    def _pool_of(self, cluster_node: ClusterNode) -> Pool:
+        pool = self._tile_pools.get(cluster_node.name)
+        if pool is None:
+            kwargs = {
+                name: value
+                for name, value in cluster_node.connection_kwargs.items()
+                if name not in NOT_FOR_LANES
+            }
+            if kwargs.get("redis_connect_func") is not None:
+                kwargs["redis_connect_func"] = _read_only  # what redis-py's does
+            pool = self._tile_pools[cluster_node.name] = redis.asyncio.ConnectionPool(
+                cluster_node.connection_class, cluster_node.max_connections, **kwargs
+            )
+        return pool
+
+    async def _tile_refresh(self, step: rounds.Refresh) -> None:
+        """For `fastkv.rounds`: redis-py looks at the cluster again."""
+        await asyncio.sleep(step.pause)
+        manager = self.nodes_manager
+        for name in step.lost:
+            if hasattr(manager, "move_node_to_end_of_cached_nodes"):
+                manager.move_node_to_end_of_cached_nodes(name)
+        if step.lost or step.down:
+            await self._initialize_nodes(
+                last_failed_node_name=next(iter(step.lost), None)
+            )
+        else:
+            for error in step.moved.values():
+                self.reinitialize_counter += 1
+                due = (
+                    self.reinitialize_steps
+                    and self.reinitialize_counter % self.reinitialize_steps == 0
+                )
+                if due:
+                    await self._initialize_nodes(
+                        additional_startup_nodes_info=[(error.host, error.port)]
+                    )
+                    self.reinitialize_counter = 0
+                    break
+                if hasattr(manager, "move_slot"):
+                    await manager.move_slot(error)
+                else:
+                    manager.update_moved_exception(error)
+                    manager.get_node_from_slot(error.slot_id)
+        for host, port in step.asked:
+            # A node that imports its first slot is in nobody's picture yet.
+            if manager.get_node(host, port) is None:
+                node = ClusterNode(host, port, "primary", **self.connection_kwargs)
+                manager.nodes_cache[node.name] = node
+        self._forget_lost_nodes()
+        for name in self._tile_pools.keys() - self._tile_nodes.keys():
+            del self._tile_pools[name]
+
+    async def _initialize_nodes(self, **hints: Any) -> None:
+        await self.nodes_manager.initialize(
+            **{name: hint for name, hint in hints.items() if name in _HINTS}
+        )
+
+
+def _read_only(connection: Any) -> None:
+    connection.on_connect()
+    connection.send_command("READONLY")
+    if str_if_bytes(connection.read_response()) != "OK":
+        raise ConnectionError("READONLY command failed")

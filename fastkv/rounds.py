@@ -1,0 +1,440 @@
+"""One call over the nodes of a cluster: which key is sent where, and where next.
+
+`rounds` waits for nothing and does no I/O: it yields what has to happen, and goes on
+when it has. `run`, `submit` and `wait` make it happen: by blocking, on futures, on an
+event loop. The `Batch` of all keys is never sent; parts of it are, each to one node,
+until every key has its answer. The rules for trying again are those of redis-py's
+`RedisCluster._execute_command`, counted for each key by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+import threading
+import time
+import weakref
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+from redis.cluster import AbstractRedisCluster
+from redis.exceptions import (
+    AskError,
+    BusyLoadingError,
+    ClusterDownError,
+    ClusterError,
+    ConnectionError,
+    MovedError,
+    RedisError,
+    SlotNotCoveredError,
+)
+
+from fastkv import commands
+from fastkv._core import Batch, Code, run_all
+from fastkv.errors import error_of_code, error_of_reply
+from fastkv.node import Node, TileFuture, drained
+
+Address: TypeAlias = "tuple[str, int]"
+
+# redis-py's numbers: redirections of one command, seconds between the later ones, and
+# seconds before it asks again what the cluster looks like when a slot has no server.
+_HOPS = AbstractRedisCluster.RedisClusterRequestTTL
+_HOP_PAUSE = 0.05
+_DOWN_PAUSE = 0.25
+
+
+@dataclass
+class Part:
+    """What is sent to one node.
+
+    Attributes:
+        node: Where to.
+        name: redis-py's name of it.
+        pool: Where its connections come from; lives as long as they may be needed.
+        batch: Some keys of the whole.
+        refusal: Why the node did not accept it, a `Code`.
+    """
+
+    node: Node
+    name: str
+    pool: object
+    batch: Batch
+    refusal: int = Code.OK
+
+
+@dataclass
+class Send:
+    """To do: submit all parts, go on when each is drained or refused.
+
+    Attributes:
+        seconds: That are left for it; 0: no limit.
+    """
+
+    parts: list[Part]
+    seconds: float
+
+
+@dataclass
+class Refresh:
+    """To do: wait, then bring redis-py's picture of the cluster up to date.
+
+    Attributes:
+        pause: Seconds to wait before.
+        seconds: That are left for both; 0: no limit.
+        moved: One error a slot.
+        asked: Nodes that must be known.
+        lost: Names of nodes that could not be reached.
+        down: Slots had no server.
+    """
+
+    pause: float = 0.0
+    seconds: float = 0.0
+    moved: dict[int, MovedError] = field(default_factory=dict)
+    asked: set[Address] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)
+    down: bool = False
+
+
+class Cluster(Protocol):
+    """What the rounds need of a cluster client."""
+
+    retry: Any
+
+    @property
+    def _tile_closes(self) -> int:
+        """How often the client was closed."""
+
+    def _tile_route(
+        self, batch: Batch, indices: Sequence[int], asked: dict[int, Address]
+    ) -> tuple[list[Part], list[int]]:
+        """Parts with all of ``indices``, and those whose slots nobody serves."""
+
+    def _tile_remap(self, address: Address) -> Address:
+        """Where a node that calls itself so is reached."""
+
+
+class SyncCluster(Cluster, Protocol):
+    def _tile_refresh(self, step: Refresh) -> None: ...
+
+
+class AsyncCluster(Cluster, Protocol):
+    async def _tile_refresh(self, step: Refresh) -> None: ...
+
+
+Steps: TypeAlias = "Generator[Send | Refresh, None, None]"
+
+
+class _Tries:
+    """How often each key was sent, within the client's policy."""
+
+    def __init__(self, retry: Any) -> None:
+        self._retries: int = retry.get_retries()
+        self._backoff = copy.deepcopy(retry._backoff)
+        self._backoff.reset()
+        self._losses: dict[int, int] = {}
+        self._hops: dict[int, int] = {}
+
+    def lose(self, indices: Iterable[int], error: Exception) -> float:
+        """These were not answered. Returns seconds to wait, or raises ``error``."""
+        most = 0
+        for index in indices:
+            losses = self._losses[index] = self._losses.get(index, 0) + 1
+            most = max(most, losses)
+        if 0 <= self._retries < most:
+            raise error
+        return max(0.0, float(self._backoff.compute(most)))
+
+    def hop(self, index: int) -> float:
+        """It was sent elsewhere. Returns seconds to wait."""
+        hops = self._hops[index] = self._hops.get(index, 0) + 1
+        if hops >= _HOPS:
+            raise ClusterError("TTL exhausted.")
+        return _HOP_PAUSE if hops > _HOPS // 2 else 0.0
+
+
+def rounds(cluster: Cluster, batch: Batch, seconds: float) -> Steps:
+    """See the module. ``batch`` has all its answers afterwards.
+
+    Raises:
+        redis.exceptions.RedisError: A key's last loss or redirection; out of time.
+    """
+    deadline = time.monotonic() + seconds if seconds else None
+    closes = cluster._tile_closes
+    tries = _Tries(cluster.retry)
+    pending: Sequence[int] = range(len(batch))
+    asked: dict[int, Address] = {}
+
+    def left() -> float:
+        if cluster._tile_closes != closes:
+            raise error_of_code(Code.CLOSED, "", len(batch), 0)
+        if deadline is None:
+            return 0.0
+        more = deadline - time.monotonic()
+        if more <= 0:
+            raise error_of_code(Code.TIMED_OUT, "", len(batch), seconds)
+        return more
+
+    try:
+        while pending:
+            parts, uncovered = cluster._tile_route(batch, pending, asked)
+            asked = {}
+            again = list(uncovered)
+            refresh = Refresh()
+            began = time.monotonic()
+            if parts:
+                yield Send(parts, left())
+            if uncovered:
+                refresh.down = True
+                refresh.pause = tries.lose(
+                    uncovered,
+                    SlotNotCoveredError(
+                        f"The slot of {batch.keys[uncovered[0]]!r} is not covered by "
+                        "the cluster."
+                    ),
+                )
+            for part in parts:
+                error = part.node.error_of(part.batch, part.refusal, seconds, began)
+                unanswered, redirected = batch.take(part.batch)
+                again += unanswered
+                if unanswered:
+                    assert error is not None
+                    if not _may_repeat(part, error):
+                        if part.batch.code == Code.TIMED_OUT:
+                            left()
+                        raise error
+                    refresh.lost.add(part.name)
+                    pause = tries.lose(unanswered, error)
+                    refresh.pause = max(refresh.pause, pause)
+                for index, line in redirected:
+                    again.append(index)
+                    pause = _redirect(cluster, tries, refresh, asked, index, line)
+                    refresh.pause = max(refresh.pause, pause)
+            pending = again
+            if not pending:
+                return
+            if refresh.down:
+                refresh.pause = max(refresh.pause, _DOWN_PAUSE)
+            refresh.seconds = left()
+            if deadline is not None:
+                refresh.pause = min(refresh.pause, refresh.seconds)
+            yield refresh
+    finally:
+        batch.end_parts()
+
+
+def _may_repeat(part: Part, error: Exception) -> bool:
+    # A node that left the cluster was closed under our hands; if it was the client,
+    # the next round finds out. UNKNOWN_OUTCOME is a ConnectionError, too.
+    if part.refusal or part.batch.code in (
+        Code.CLOSED,
+        Code.CONNECT_FAILED,
+        Code.CONNECTION_LOST,
+        Code.STALLED,
+    ):
+        return type(error) in AbstractRedisCluster.ERRORS_ALLOW_RETRY
+    return False
+
+
+def _redirect(
+    cluster: Cluster,
+    tries: _Tries,
+    refresh: Refresh,
+    asked: dict[int, Address],
+    index: int,
+    line: str,
+) -> float:
+    """Note where a key has to go. Returns seconds to wait before it does."""
+    error = error_of_reply(line)
+    # LOADING: a node that has come back, and in a cluster there are others.
+    if isinstance(error, (ClusterDownError, BusyLoadingError)):
+        refresh.down = True
+        return tries.lose([index], error)
+    if isinstance(error, AskError):  # MovedError is one, too
+        error.host, error.port = cluster._tile_remap((error.host, error.port))
+        if isinstance(error, MovedError):
+            refresh.moved[error.slot_id] = error
+        else:
+            asked[index] = (error.host, error.port)
+            refresh.asked.add(asked[index])
+    return tries.hop(index)
+
+
+# --- by blocking ---------------------------------------------------------------------
+
+
+def run(cluster: SyncCluster, batch: Batch, timeout: float | None) -> list[bool]:
+    """Block until every key has its answer."""
+    seconds = commands.check_timeout(timeout)
+    steps = rounds(cluster, batch, seconds)
+    try:
+        for step in steps:
+            if isinstance(step, Refresh):
+                cluster._tile_refresh(step)
+                continue
+            queues = [part.node.take_queue() for part in step.parts]
+            with_queues = list(zip(step.parts, queues, strict=True))
+            codes = run_all(
+                [part.node.part(part.batch, queue) for part, queue in with_queues],
+                step.seconds,
+            )
+            for (part, queue), code in zip(with_queues, codes, strict=True):
+                part.refusal = code
+                part.node.give_queue_back(queue)
+    finally:
+        steps.close()
+    return _finish(batch, seconds)
+
+
+def _finish(batch: Batch, seconds: float) -> list[bool]:
+    return commands.finish(batch, seconds, ConnectionError)
+
+
+# --- on futures ----------------------------------------------------------------------
+
+
+class ClusterFuture(TileFuture):
+    """The future of a call over several nodes.
+
+    The last node that has done its part goes on with the rounds, on its own thread. A
+    refresh, which waits and does I/O, gets a thread for itself.
+    """
+
+    def __init__(
+        self, cluster: SyncCluster, batch: Batch, steps: Steps, seconds: float
+    ) -> None:
+        super().__init__(self._read, self._take_back)
+        self._cluster = cluster
+        self._batch = batch
+        self._steps = steps
+        self._seconds = seconds
+        self._parts: list[Part] = []
+        self._left = 0
+        self._left_lock = threading.Lock()
+        self._failure: BaseException | None = None
+
+    def do(self, step: Send | Refresh | None) -> None:
+        """Have a step done; None: there is none left."""
+        if isinstance(step, Send):
+            self._send(step)
+        elif step is not None:
+            _refreshing.add(self)
+            threading.Thread(
+                target=self._refresh, args=(step,), name="fastkv-refresh", daemon=True
+            ).start()
+        else:
+            self._steps.close()  # lets go of the memory
+            super()._drained()
+            del self._cluster, self._batch, self._steps
+            self._parts = []
+
+    def _go_on(self) -> None:
+        try:
+            step = None if self.cancelled() else next(self._steps, None)
+        except BaseException as error:
+            self._failure, step = error, None
+        self.do(step)
+
+    def _send(self, step: Send) -> None:
+        self._parts = step.parts
+        # One for ourselves: it must not be over before all were submitted.
+        self._left = len(step.parts) + 1
+        for part in step.parts:
+            try:
+                part.refusal = part.node.start(
+                    part.batch, part.node.future_queue(), step.seconds, self
+                )
+            except RedisError:
+                part.refusal = Code.CLOSED
+            if part.refusal:
+                self._drained()
+        if self.cancelled():
+            self._take_back()  # what cancel() came too early for
+        self._drained()
+
+    def _refresh(self, step: Refresh) -> None:
+        try:
+            self._cluster._tile_refresh(step)
+        except BaseException as error:
+            self._failure = error
+            self._steps.close()
+        _refreshing.discard(self)
+        self._go_on()
+
+    def _drained(self) -> None:
+        with self._left_lock:
+            self._left -= 1
+            if self._left > 0:
+                return
+        self._go_on()
+
+    def _read(self) -> list[bool]:
+        if self._failure is not None:
+            raise self._failure
+        return _finish(self._batch, self._seconds)
+
+    def _take_back(self) -> None:
+        for part in self._parts:
+            part.node.cancel(part.batch)
+
+
+def submit(cluster: SyncCluster, batch: Batch, timeout: float | None) -> TileFuture:
+    """Do not block. What is wrong with the connections as such is raised at once."""
+    seconds = commands.check_timeout(timeout)
+    steps = rounds(cluster, batch, seconds)
+    future = ClusterFuture(cluster, batch, steps, seconds)
+    future.do(next(steps, None))
+    return future
+
+
+# Those whose rounds are in no engine's table at a fork, and on no thread in the child.
+_refreshing: weakref.WeakSet[ClusterFuture] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for future in list(_refreshing):
+        future._forked()
+    _refreshing.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+# --- on an event loop ----------------------------------------------------------------
+
+
+async def wait(
+    cluster: AsyncCluster, batch: Batch, timeout: float | None
+) -> list[bool]:
+    """Await. A cancelled task goes on once no worker can touch the memory."""
+    seconds = commands.check_timeout(timeout)
+    loop = asyncio.get_running_loop()
+    steps = rounds(cluster, batch, seconds)
+    try:
+        for step in steps:
+            if isinstance(step, Refresh):
+                try:
+                    await asyncio.wait_for(
+                        cluster._tile_refresh(step), step.seconds or None
+                    )
+                except asyncio.TimeoutError:
+                    pass  # the next round finds out
+                continue
+            in_flight = []
+            for part in step.parts:
+                try:
+                    part.refusal = part.node.start(
+                        part.batch,
+                        part.node.queue_of(loop),
+                        step.seconds,
+                        loop.create_future(),
+                    )
+                except RedisError:
+                    part.refusal = Code.CLOSED
+                if not part.refusal:
+                    in_flight.append((part.node, part.batch))
+            await drained(in_flight)
+    finally:
+        steps.close()
+    return _finish(batch, seconds)

@@ -1,0 +1,200 @@
+"""What a node of a cluster says rarely, and what is sent again then: no key but those
+without an answer, and no more often than redis-py would.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    ClusterDownError,
+    ClusterError,
+    ConnectionError,
+    TimeoutError,
+)
+from redis.retry import Retry
+
+import fastkv
+from fastkv._core import key_slot
+from tests.scripted import ScriptedPeer
+
+SLOT = key_slot(b"a")
+
+
+class ScriptedNode(ScriptedPeer):
+    """A node that follows a script, and says by itself that all slots are its own."""
+
+    refreshes = 0
+    script_over = b""  # what is said to all that comes after the script
+
+    def answer(self, connection: socket.socket, command: list[bytes]) -> bool:
+        if command[0] == b"COMMAND":
+            connection.sendall(b"*0\r\n")
+            return True
+        if command[0] != b"CLUSTER":
+            if self.script_over and not self._steps:
+                connection.sendall(self.script_over)
+                return True
+            return super().answer(connection, command)
+        self.refreshes += 1
+        connection.sendall(
+            b"*1\r\n*3\r\n:0\r\n:16383\r\n*3\r\n$9\r\n127.0.0.1\r\n:%d\r\n$1\r\nx\r\n"
+            % self.port
+        )
+        return True
+
+
+@pytest.fixture
+def node() -> Iterator[ScriptedNode]:
+    with ScriptedNode() as node:
+        yield node
+
+
+@pytest.fixture
+def make_client(node: ScriptedNode) -> Iterator[Callable[..., fastkv.RedisCluster]]:
+    clients: list[fastkv.RedisCluster] = []
+
+    def make(retries: int, **kwargs: Any) -> fastkv.RedisCluster:
+        clients.append(
+            fastkv.RedisCluster(
+                host="127.0.0.1",
+                port=node.port,
+                protocol=2,
+                tile_connections=1,
+                retry=Retry(NoBackoff(), retries),
+                **kwargs,
+            )
+        )
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.parametrize(
+    "line", [b"-TRYAGAIN later\r\n", b"-CLUSTERDOWN not served\r\n"]
+)
+def test_only_the_key_that_has_to_wait_is_sent_again(
+    make_client: Any, node: ScriptedNode, line: bytes
+) -> None:
+    client = make_client(1)
+    for key, reply in (
+        ("a", b":1\r\n"),
+        ("b", line),
+        ("c", b":0\r\n"),
+        ("b", b":1\r\n"),
+    ):
+        node.expect("EXISTS", key).reply(reply)
+    assert client.batch_tile_exists(["a", "b", "c"]) == [True, True, False]
+    node.expect("EXISTS", "b").reply(line)
+    node.expect("EXISTS", "b").reply(b":0\r\n")
+    assert client.submit_batch_tile_exists(["b"]).result(5) == [False]
+
+
+def test_a_node_that_is_loading_is_asked_again(
+    make_client: Any, node: ScriptedNode
+) -> None:
+    client = make_client(1)
+    node.expect("EXISTS", "b").reply(b"-LOADING Redis is loading\r\n")
+    node.expect("EXISTS", "b").reply(b":1\r\n")
+    assert client.batch_tile_exists(["b"]) == [True]
+
+
+def test_clusterdown_ends_after_the_clients_retries(
+    make_client: Any, node: ScriptedNode
+) -> None:
+    client = make_client(1)
+    for _ in range(2):
+        node.expect("EXISTS", "a").reply(b"-CLUSTERDOWN Hash slot not served\r\n")
+    with pytest.raises(ClusterDownError, match="not served"):
+        client.batch_tile_exists(["a"])
+    assert node.refreshes == 2
+
+
+def test_a_lost_connection_costs_a_retry_and_a_look_at_the_cluster(
+    make_client: Any, node: ScriptedNode
+) -> None:
+    client = make_client(2)
+    node.expect("EXISTS", "a").reply(b":1\r\n")
+    for _ in range(3):
+        node.expect("EXISTS", "b").close()
+    with pytest.raises(ConnectionError, match="Connection closed by server"):
+        client.batch_tile_exists(["a", "b"])
+    assert node.refreshes == 3
+    for _ in range(3):
+        node.expect("EXISTS", "b").close()
+    future = client.submit_batch_tile_exists(["b"])
+    assert isinstance(future.exception(5), ConnectionError)
+
+
+def test_a_conditional_set_is_sent_again_if_it_was_refused_and_not_if_lost(
+    make_client: Any, node: ScriptedNode
+) -> None:
+    client = make_client(3)
+    node.expect("SET", "a", "x", "NX").reply(b"-TRYAGAIN later\r\n")
+    node.expect("SET", "a", "x", "NX").reply(b"+OK\r\n")
+    assert client.batch_tile_set(["a"], [b"x"], nx=True) == [True]
+    node.expect("SET", "a", "x", "NX").close()
+    with pytest.raises(ConnectionError, match="whether it was done is unknown"):
+        client.batch_tile_set(["a"], [b"x"], nx=True)
+
+
+def test_a_node_that_nobody_has_named_is_asked(
+    make_client: Any, node: ScriptedNode
+) -> None:
+    client = make_client(0)
+    with ScriptedNode() as importing:
+        line = b"-ASK %d 127.0.0.1:%d\r\n" % (SLOT, importing.port)
+        for _ in range(2):
+            node.expect("GET", "a").reply(line)
+            importing.expect("ASKING").reply(b"+OK\r\n")
+            importing.expect("GET", "a").reply(b"$3\r\nabc\r\n")
+            got = bytearray(3)
+            assert client.batch_tile_get(["a"], [got]) == [True]
+            assert got == b"abc"
+        client.close()
+
+
+def test_moved_from_one_to_the_other_for_ever_is_redis_pys_error(
+    make_client: Any, node: ScriptedNode
+) -> None:
+    client = make_client(0, reinitialize_steps=0)
+    with ScriptedNode() as other:
+        for asked, named in ((node, other), (other, node)) * 8:
+            line = b"-MOVED %d 127.0.0.1:%d\r\n" % (SLOT, named.port)
+            asked.expect("EXISTS", "a").reply(line)
+        with pytest.raises(ClusterError, match="TTL exhausted"):
+            client.batch_tile_exists(["a"])
+        client.close()
+
+
+def test_the_time_out_is_for_all_rounds(make_client: Any, node: ScriptedNode) -> None:
+    client = make_client(100)
+    step = node.expect("EXISTS", "a").reply(b"-CLUSTERDOWN Hash slot not served\r\n")
+    node.script_over = b"-CLUSTERDOWN Hash slot not served\r\n"
+    with pytest.raises(TimeoutError, match=r"1 keys .* within 0\.4 s"):
+        client.batch_tile_exists(["a"], timeout=0.4)
+    assert step.seen.wait(5)
+
+
+def test_a_wrong_answer_is_not_repeated(make_client: Any, node: ScriptedNode) -> None:
+    client = make_client(5)
+    node.expect("EXISTS", "a").reply(b"-WRONGTYPE no\r\n")
+    with pytest.raises(fastkv.TileError):
+        client.batch_tile_exists(["a"])
+
+
+def test_a_future_is_cancelled_between_two_rounds(
+    make_client: Any, node: ScriptedNode
+) -> None:
+    client = make_client(5)
+    step = node.expect("EXISTS", "a").reply(b"-CLUSTERDOWN Hash slot not served\r\n")
+    future = client.submit_batch_tile_exists(["a"])
+    assert step.seen.wait(5)
+    assert future.cancel()
+    client.close()
