@@ -96,7 +96,7 @@ test-cpp: $(BIN)/python
 	@for test in $(CPP_TESTS); do echo $$test; $$test || exit 1; done
 
 test-python: $(BIN)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 format: $(BIN)/.test
 	$(BIN)/ruff check --fix .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import importlib
+import importlib.util
 import os
 import threading
 import time
@@ -39,7 +39,8 @@ def pytest_configure() -> None:
         if not (names if wanted == "1" else [n for n in names if n.startswith(wanted)]):
             raise pytest.UsageError(f"no server {wanted!r} among {names}")
     for module in filter(None, REQUIRED_MODULES.split(",")):
-        importlib.import_module(module)
+        if importlib.util.find_spec(module) is None:
+            raise pytest.UsageError(f"no module {module!r}")
 
 
 @dataclass(frozen=True)
