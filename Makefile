@@ -7,13 +7,14 @@ CPP := $(wildcard fastkv_ext/cpp/*.cpp)
 CXX ?= g++
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror -Wno-missing-field-initializers
 
-.PHONY: help demo bench bench-short bench-lmcache bench-vllm test check lint test-cpp test-python dev format clean
+.PHONY: help demo bench bench-short bench-lmcache bench-vllm conformance test check lint test-cpp test-python dev format clean
 help:
 	@echo 'make demo    a KV cache through fastkv and redis-py, side by side'
 	@echo 'make bench   beside its peers and the raw ceiling, half an hour; bench-short: three minutes'
 	@echo 'make bench-lmcache  beside LMCache'"'"'s own clients, measured by LMCache'
 	@echo 'make bench-vllm  vLLM and LMCache with fastkv on the CPU, end to end; quarter of an hour'
 	@echo 'make test    lint, types, C++ tests, Python tests'
+	@echo 'make conformance  redis-py'"'"'s own tests with our classes, all of them, half an hour'
 	@echo 'make dev     editable build with assertions on'
 	@echo 'make format  what the formatters do'
 
@@ -97,6 +98,12 @@ test-cpp: $(BIN)/python
 
 test-python: $(BIN)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# redis-py's own tests, with redis-py and with our classes in its place; then once more with our
+# threads alive in every client.
+conformance: $(BIN)/.test
+	$(BIN)/python -m tests.conformance
+	$(BIN)/python -m tests.conformance --started
 
 format: $(BIN)/.test
 	$(BIN)/ruff check --fix .

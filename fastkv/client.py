@@ -10,7 +10,7 @@ import redis
 
 from fastkv._core import Batch
 from fastkv.node import Node, TileFuture
-from fastkv.options import TileOptions, options_of_url
+from fastkv.options import TileOptions, options_of_url, signed_as
 from fastkv.registry import drop_node, leave_node, node_of
 from fastkv.tiles import Tiles
 
@@ -42,6 +42,7 @@ class Redis(Tiles, redis.Redis):
             whole, which makes the server build it in one piece. Default: 512 KiB.
     """
 
+    @signed_as(redis.Redis.__init__)
     def __init__(
         self,
         *args: Any,  # redis-py's own, in redis-py's order
@@ -63,7 +64,7 @@ class Redis(Tiles, redis.Redis):
         url, options, kwargs = options_of_url(url, kwargs)
         client = super().from_url(url, **kwargs)
         assert isinstance(client, cls)
-        client._tile_options = options
+        client._tile_options = client._tile_options.overridden(options)
         return client
 
     @classmethod

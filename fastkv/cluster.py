@@ -13,7 +13,7 @@ from fastkv import rounds
 from fastkv._core import Batch
 from fastkv.connector import Pool
 from fastkv.node import TileFuture
-from fastkv.options import options_of_url, take_options
+from fastkv.options import options_of_url, signed_as, take_options
 from fastkv.tiles import Tiles
 from fastkv.topology import Routing
 
@@ -47,6 +47,7 @@ class RedisCluster(Tiles, Routing, redis.RedisCluster):
     reads from replicas) at a node's first use.
     """
 
+    @signed_as(redis.RedisCluster.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         options, kwargs = take_options(kwargs)
         self._start_routing(options)

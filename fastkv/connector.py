@@ -288,11 +288,11 @@ class Connector:
         connection = self._connecting
         sock = getattr(connection, "_sock", None)
         sock = sock or getattr(connection, "handshaking", None)
-        if isinstance(sock, (socket.socket, TlsSocket)):
+        if sock is not None:
             try:
                 sock.shutdown(socket.SHUT_RDWR)  # ends a handshake that waits
-            except OSError:
-                pass
+            except (OSError, AttributeError):
+                pass  # over already, or what a connection class has for a socket
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
 

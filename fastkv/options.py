@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote
+
+_Init = TypeVar("_Init", bound=Callable[..., None])
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,33 @@ def take_options(
     """Split keyword arguments into the `tile_*` ones, over ``base``, and the rest."""
     taken = {_FIELDS[k]: v for k, v in kwargs.items() if k in _FIELDS}
     return replace(base, **taken), {k: v for k, v in kwargs.items() if k not in _FIELDS}
+
+
+def signed_as(theirs: Callable[..., None]) -> Callable[[_Init], _Init]:
+    """Make an ``__init__`` that passes redis-py's arguments on show them: their names
+    and defaults can be asked for, and so can the `tile_*` ones.
+    """
+    shown = [
+        inspect.Parameter(
+            f"tile_{field.name}",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=field.type,
+        )
+        for field in fields(TileOptions)
+    ]
+
+    def sign(ours: _Init) -> _Init:
+        signature = inspect.signature(theirs)
+        parameters = list(signature.parameters.values())
+        last = len(parameters)
+        if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+            last -= 1
+        parameters[last:last] = shown
+        ours.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # functions take any
+        return ours
+
+    return sign
 
 
 def options_of_url(

@@ -101,7 +101,9 @@ def _watch(pool: Pool, node: Node) -> None:
 
 def _unwatch(pool: Pool) -> None:
     for name in _WATCHED:
-        pool.__dict__.pop(name, None)
+        # Somebody may have put something else in its place since, such as a mock.
+        if getattr(pool.__dict__.get(name), "__module__", None) == __name__:
+            del pool.__dict__[name]
 
 
 # --- fork and exit -------------------------------------------------------------------

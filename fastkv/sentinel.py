@@ -8,7 +8,7 @@ import redis.sentinel
 from redis.sentinel import SentinelConnectionPool
 
 from fastkv.client import Redis
-from fastkv.options import take_options
+from fastkv.options import signed_as, take_options
 
 
 class Sentinel(redis.sentinel.Sentinel):
@@ -21,6 +21,7 @@ class Sentinel(redis.sentinel.Sentinel):
     default for these clients is not to try again.
     """
 
+    @signed_as(redis.sentinel.Sentinel.__init__)
     def __init__(
         self, sentinels: list[tuple[str, int]], *args: Any, **kwargs: Any
     ) -> None:

@@ -10,7 +10,7 @@ import redis.asyncio
 from fastkv._core import Batch
 from fastkv.asyncio.tiles import Tiles
 from fastkv.node import Node
-from fastkv.options import TileOptions, options_of_url
+from fastkv.options import TileOptions, options_of_url, signed_as
 from fastkv.registry import leave_node, node_of
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class Redis(Tiles, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's own
     ``batch_tile_*`` calls are concerned. See `fastkv.Redis` for the arguments.
     """
 
+    @signed_as(redis.asyncio.Redis.__init__)
     def __init__(
         self,
         *,
@@ -46,7 +47,7 @@ class Redis(Tiles, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's own
         url, options, kwargs = options_of_url(url, kwargs)
         client = super().from_url(url, *args, **kwargs)
         assert isinstance(client, cls)
-        client._tile_options = options
+        client._tile_options = client._tile_options.overridden(options)
         return client
 
     @classmethod

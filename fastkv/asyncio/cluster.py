@@ -16,7 +16,7 @@ from fastkv import rounds
 from fastkv._core import Batch
 from fastkv.asyncio.tiles import Tiles
 from fastkv.connector import NOT_FOR_LANES, Pool
-from fastkv.options import options_of_url, take_options
+from fastkv.options import options_of_url, signed_as, take_options
 from fastkv.topology import Routing
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class RedisCluster(Tiles, Routing, redis.asyncio.RedisCluster):  # type: ignore[
     loop.
     """
 
+    @signed_as(redis.asyncio.RedisCluster.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         options, kwargs = take_options(kwargs)
         self._start_routing(options)

@@ -8,7 +8,7 @@ import redis.asyncio.sentinel
 from redis.asyncio.sentinel import SentinelConnectionPool
 
 from fastkv.asyncio.client import Redis
-from fastkv.options import take_options
+from fastkv.options import signed_as, take_options
 
 
 class Sentinel(redis.asyncio.sentinel.Sentinel):
@@ -18,6 +18,7 @@ class Sentinel(redis.asyncio.sentinel.Sentinel):
     asked there.
     """
 
+    @signed_as(redis.asyncio.sentinel.Sentinel.__init__)
     def __init__(
         self, sentinels: list[tuple[str, int]], *args: Any, **kwargs: Any
     ) -> None:

@@ -329,6 +329,29 @@ def test_what_drops_the_pools_connections_drops_the_native_ones(
     assert before.isdisjoint(c["id"] for c in native_connections(plain))
 
 
+def test_a_pool_that_somebody_has_patched_stays_so(
+    client: fastkv.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.batch_tile_exists(["a"])
+    called = []
+    with monkeypatch.context() as patch:
+        patch.setattr(client.connection_pool, "disconnect", lambda: called.append(1))
+        client.close()  # and so does redis-py's
+    assert called == [1]
+    client.connection_pool.disconnect()
+    assert called == [1]
+
+
+def test_closing_does_not_mind_a_patched_socket_module(
+    client: fastkv.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.batch_tile_exists(["a"])
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "socket", lambda *_: None)
+        client.close()
+    assert client.batch_tile_exists(["a"]) == [False]
+
+
 def test_client_side_caches_hear_of_our_writes(make: Any, endpoint: Endpoint) -> None:
     if (endpoint.server.binary.name, endpoint.server.binary.version) < (
         "redis",
