@@ -28,7 +28,7 @@ bench: $(BIN)/.bench
 bench-short: $(BIN)/.bench
 	$(BIN)/python -m bench.run --short
 
-# Beside LMCache's own clients, measured by LMCache; a quarter of an hour.
+# Beside LMCache's own clients, measured by LMCache; ten minutes.
 bench-lmcache: $(BIN)/.bench $(BIN)/.lmcache
 	PYTHONHASHSEED=0 $(BIN)/python -m bench.lmcache_bench
 

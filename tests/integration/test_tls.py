@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import ssl
@@ -25,6 +26,7 @@ import fastkv
 import fastkv.asyncio
 from fastkv import tls as fastkv_tls
 from fastkv.cli.private_server import PrivateServer, ServerBinary
+from fastkv.lmcache import NativeClient
 from tests.conftest import eventually, fastkv_threads
 from tests.scripted import SilentPeer
 from tests.tls import (
@@ -107,6 +109,26 @@ def secure(server: TlsServer, ids: Identities) -> dict[str, Any]:
 
 
 # --- data ----------------------------------------------------------------------------
+
+
+def test_lmcaches_chunks_go_over_tls(server: TlsServer, ids: Identities) -> None:
+    url = f"fastkvs://127.0.0.1:{server.tls_port}/1"
+    value, got = os.urandom(1 << 20), bytearray(1 << 20)
+    for trusted, answered in ((ids.ca, True), (ids.stranger, False)):
+        lmcache = NativeClient(f"{url}?ssl_ca_certs={trusted.cert_file}")
+        try:
+            for submit, memory in (
+                (lmcache.submit_batch_set, value),
+                (lmcache.submit_batch_get, got),
+            ):
+                future_id = submit(["a"], [memory])
+                assert select.select([lmcache.event_fd()], [], [], 20)[0]
+                ((done, ok, error, bools),) = lmcache.drain_completions()
+                assert (done, ok, bools) == (future_id, answered, [answered])
+                assert ("certificate verify failed" in error) is not answered
+        finally:
+            lmcache.close()
+    assert got == value
 
 
 @pytest.mark.parametrize("size", [0, 1, 5, 4096, 16384, 100_000, 1 << 20, 32 << 20])
