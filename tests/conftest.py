@@ -22,7 +22,7 @@ from fastkv.cli.private_server import PrivateServer, ServerBinary, find_servers
 from tests.tls import speaks_tls
 
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None)
-hypothesis.settings.register_profile("ci", max_examples=300, deadline=None)
+hypothesis.settings.register_profile("ci", max_examples=150, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 # Which servers must be there, else the run fails: beginnings of their names, such as

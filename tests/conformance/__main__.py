@@ -42,9 +42,7 @@ def main(
     binary = choose_server(server)
     folder = source.tests_of_redis()
     mode = "started" if started else "swapped"
-    known = {
-        p.name: p for p in (*selection.ALL, selection.FAST, selection.FAST_STARTED)
-    }
+    known = {p.name: p for p in (*selection.ALL, selection.FAST)}
     parts = [known[name] for name in part or ()] or list(selection.ALL)
     if path:
         parts = [selection.Part(p.name, p.cluster, tuple(path)) for p in parts]

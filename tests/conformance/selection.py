@@ -82,21 +82,3 @@ FAST = Part(
         "tests/test_asyncio/test_utils.py",
     ),
 )
-# Likewise with the native threads alive: where a thread more could be noticed.
-FAST_STARTED = Part(
-    "fast-started",
-    cluster=False,
-    paths=(
-        "tests/test_client.py",
-        "tests/test_connection_pool.py",
-        "tests/test_lock.py",
-        "tests/test_multiprocessing.py",
-        "tests/test_pipeline.py",
-        "tests/test_retry.py",
-        "tests/test_scripting.py",
-        "tests/test_asyncio/test_client.py",
-        "tests/test_asyncio/test_encoding.py",
-        "tests/test_asyncio/test_retry.py",
-        "tests/test_asyncio/test_usage_counter.py",
-    ),
-)
