@@ -272,7 +272,7 @@ def main(
         raise typer.Exit(1)
     out.mkdir(parents=True, exist_ok=True)
     sizes = [MIB, 32 * MIB] if short else SIZES
-    repeats, rounds = (1, 3) if short else (3, 5)
+    repeats, rounds = (1, 3) if short else (4, 8)
     report: Row = {
         "machine": machine(),
         "server": str(binary),

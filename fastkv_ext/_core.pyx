@@ -605,6 +605,10 @@ cdef class CompletionQueue:
         """Make one `wait` return with nothing to drain. Any thread."""
         self.cpp.get().wake()
 
+    def clear(self):
+        """Forget wakes. For a queue that no engine completes batches on."""
+        self.cpp.get().drain()
+
     def close(self):
         """Give the descriptor back; nothing must be in flight on this queue."""
         self.cpp.get().close()

@@ -19,6 +19,7 @@ import fastkv
 from fastkv import registry
 from fastkv._core import has_tls
 from fastkv.cli.private_server import PrivateServer, ServerBinary, find_servers
+from tests.demux import Demux
 from tests.tls import speaks_tls
 
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None)
@@ -140,6 +141,22 @@ def make(no_leaks: None) -> Iterator[Callable[..., fastkv.Redis]]:
     yield make_client
     for client in clients:
         client.close()
+
+
+@pytest.fixture
+def demux(no_leaks: None) -> Iterator[Callable[..., Demux]]:
+    """Makes clients for LMCache; closes them at the end."""
+    made: list[Demux] = []
+
+    def make(url: str, **settings: Any) -> Demux:
+        made.append(Demux(url, **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.client.close()
+        one.take()
+        assert one.client._in_flight == {}
 
 
 @pytest.fixture

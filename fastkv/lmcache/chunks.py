@@ -15,19 +15,18 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import ConnectionError, RedisError
+from redis.exceptions import RedisError
 
 from fastkv import commands
 from fastkv._core import Batch, Command
 from fastkv.client import Redis
-from fastkv.connector import make_connection
 from fastkv.errors import TileError, ValueSizeError
+from fastkv.lmcache.carriers import Carrier, Cluster, OneServer
 from fastkv.lmcache.settings import Secret, Settings
-from fastkv.node import Node
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -96,7 +95,11 @@ class Outcome:
 
 
 class ChunkStore:
-    """See the module. Thread-safe."""
+    """See the module. Thread-safe.
+
+    Attributes:
+        carrier: Who carries the requests.
+    """
 
     def __init__(self, settings: Settings) -> None:
         """Connects at the first request.
@@ -119,7 +122,6 @@ class ChunkStore:
                 "url: expected a number as port; in a password, / ? # @ must be encoded"
             ) from None
         self._encoder = self._client.get_encoder()
-        self._closed = False
         self._suspect = False
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -129,30 +131,18 @@ class ChunkStore:
             kwargs = self._client.connection_pool.connection_kwargs
             for name in ("socket_timeout", "socket_connect_timeout"):
                 _check_seconds(name, kwargs.get(name))
-            make_connection(self._client.connection_pool, lambda: None)
-            self.node  # noqa: B018 - starts the threads, so that no submit has to
+            if settings.cluster:
+                _check_for_cluster(kwargs)
+                self.carrier: Carrier = Cluster(settings.url, arguments)
+            else:
+                self.carrier = OneServer(self._client)
         except BaseException:
-            self.close()
-            raise
-
-    @property
-    def node(self) -> Node:
-        """Who carries the requests.
-
-        Raises:
-            redis.exceptions.ConnectionError: The store was closed.
-        """
-        node = None if self._closed else self._client._node()
-        if node is None or self._closed:
-            # Or it was closed while a node was made.
             self._client.close()
-            raise ConnectionError("The store was closed.")
-        return node
+            raise
 
     def close(self) -> None:
         """Complete what is pending with an error, join the threads. Idempotent."""
-        self._closed = True
-        self._client.close()
+        self.carrier.close()
 
     def after_fork_in_child(self) -> None:
         """The thread that may have held the lock does not exist here."""
@@ -171,7 +161,7 @@ class ChunkStore:
         """All keys under the prefix, without it. Slow: looks at all of the server's."""
         prefix = self.settings.key_prefix
         pattern = re.sub(r"([\\*?\[\]^-])", r"\\\1", prefix) + "*"
-        found = self._client.scan_iter(match=pattern, count=1000)
+        found = self.carrier.client().scan_iter(match=pattern, count=1000)
         names = (
             k if isinstance(k, str) else k.decode("utf-8", "replace") for k in found
         )
@@ -371,6 +361,15 @@ def _check_seconds(name: str, value: object) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not value > 0:  # type: ignore[operator]  # mypy loses the number
         raise ValueError(f"{name}: expected seconds above 0, got {value!r}")
+
+
+def _check_for_cluster(kwargs: Mapping[str, Any]) -> None:
+    if "path" in kwargs:
+        raise ValueError(
+            "url: expected redis:// or rediss:// with cluster, got unix://"
+        )
+    if kwargs.get("db"):
+        raise ValueError(f"db: expected 0 with cluster, got {kwargs['db']!r}")
 
 
 def _xxh3(data: Buffer) -> bytes:

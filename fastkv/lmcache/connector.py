@@ -310,7 +310,7 @@ class FastKVConnector(RemoteConnector):  # type: ignore[misc]  # LMCache is unty
     def _hits_sync(self, request: Request) -> Sequence[bool]:
         result: Hits | Exception
         try:
-            result = self._store.node.run(request.batch, request.timeout)
+            result = self._store.carrier.run(request.batch, request.timeout)
         except Exception as error:
             result = error
         return self._store.settle(request, result).hits
@@ -318,7 +318,7 @@ class FastKVConnector(RemoteConnector):  # type: ignore[misc]  # LMCache is unty
     async def _run(self, request: Request) -> Outcome:
         result: Hits | Exception
         try:
-            result = await self._store.node.wait(request.batch, request.timeout)
+            result = await self._store.carrier.wait(request.batch, request.timeout)
         except Exception as error:
             result = error
         return self._store.settle(request, result)

@@ -52,6 +52,8 @@ class NativeClient:
             hashes of content: see `fastkv.Redis.batch_tile_get`.
         checksum: Store and check a checksum with each chunk: see
             `fastkv.lmcache.chunks`. Chunks stored without are misses.
+        cluster: The URL is that of any node of a Redis Cluster, see
+            `fastkv.RedisCluster`.
         timeout: Seconds for a batch of loads or deletes. Lookups get 2 at most, and 0.5
             after a failure until something succeeds. Stores go on as long as bytes
             move.
@@ -78,6 +80,7 @@ class NativeClient:
         ttl: int | None = None,
         immutable: bool = True,
         checksum: bool = False,
+        cluster: bool = False,
         timeout: float = 10.0,
         username: str | None = None,
         password_env: str | None = None,
@@ -91,6 +94,7 @@ class NativeClient:
                 "ttl": ttl,
                 "immutable": immutable,
                 "checksum": checksum,
+                "cluster": cluster,
                 "timeout": timeout,
                 "username": username,
                 "password_env": password_env,
@@ -99,8 +103,7 @@ class NativeClient:
             },
         )
         self._store = ChunkStore(settings)
-        # One for life: the descriptor of the queue is what LMCache polls.
-        self._node: Node = self._store.node
+        # One for life: its descriptor is what LMCache polls.
         self._queue = CompletionQueue()
         self._ids = itertools.count(1)
         self._in_flight: dict[int, tuple[int, Request]] = {}  # by id of the batch
@@ -144,11 +147,11 @@ class NativeClient:
             ``(id, ok, error, bools)``, one bool a key, always. A true one of a get
             means that this memory holds this chunk, even if ``ok`` is false.
         """
-        drained = self._node.drain(self._queue) if self._at_home() else []
+        drained = self._store.carrier.drain(self._queue) if self._at_home() else []
         for batch in drained:
             future_id, request = self._in_flight.pop(batch.id)
             try:
-                result: list[bool] | Exception = self._node.result(batch)
+                result: list[bool] | Exception = Node.result(batch)
             except Exception as error:
                 result = error
             outcome = self._store.settle(request, result)
@@ -214,7 +217,7 @@ class NativeClient:
     def _send(self, future_id: int, request: Request) -> None:
         self._in_flight[request.batch.id] = (future_id, request)
         try:
-            self._node.submit_to(self._queue, request.batch, request.timeout)
+            self._store.carrier.submit_to(self._queue, request.batch, request.timeout)
         except Exception as error:  # closed, or a worker has died
             del self._in_flight[request.batch.id]
             outcome = self._store.settle(request, error)

@@ -40,6 +40,7 @@ class Settings:
     ttl: int | None = None
     immutable: bool = True
     checksum: bool = False
+    cluster: bool = False
     timeout: float = 10.0
     username: str | None = None
     password_env: str | None = None
@@ -203,6 +204,7 @@ _CONVERT = {
     "ttl": _whole_seconds,
     "immutable": _flag,
     "checksum": _flag,
+    "cluster": _flag,
     "timeout": _seconds,
     "username": _text,
     "password_env": _name,

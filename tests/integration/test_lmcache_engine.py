@@ -20,6 +20,7 @@ import xxhash
 
 from fastkv import registry
 from fastkv.cli.private_server import PrivateServer
+from tests.clusters import ClusterServers
 from tests.conftest import SERVERS, eventually, fastkv_threads
 from tests.scripted import ModelServer, SilentPeer
 
@@ -145,6 +146,20 @@ def test_a_prompt_comes_back_byte_for_byte(
     assert value == data + (xxhash.xxh3_64_digest(data) if checksum else b"")
     assert 990 < plain.ttl("p:" + one.keys[0].to_string()) <= 1000
     assert one.allocated() == 0
+
+
+def test_a_cluster_holds_a_prompt(whole: Any) -> None:
+    with ClusterServers(SERVERS[0]) as cluster:
+        one = whole(f"redis://127.0.0.1:{cluster.port}", cluster=True)
+        assert one.engine.lookup(TOKENS) == 0
+        one.store()
+        assert sum(member.admin.dbsize() > 0 for member in cluster.primaries) >= 2
+        assert one.engine.lookup(TOKENS) == len(TOKENS)
+        assert one.retrieve() == len(TOKENS)
+        assert one.on_loop(one.connector.ping()) == 0
+        os.kill(cluster.members[0].server.pid, signal.SIGKILL)
+        assert 0 <= one.retrieve() < len(TOKENS)
+        assert one.allocated() == 0
 
 
 def test_what_was_evicted_in_between_is_computed_again(

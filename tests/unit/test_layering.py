@@ -55,7 +55,10 @@ PYTHON = {
         *("_core", "buffers", "commands", "connector", "node", "options", "registry"),
         *("rounds", "topology"),
     },
-    "lmcache": {"_core", "client", "commands", "connector", "errors", "node"},
+    "lmcache": {
+        *("_core", "client", "cluster", "commands", "connector", "errors", "node"),
+        "rounds",
+    },
     # The command line stands on top and uses the package as its users do, too.
     "cli": {"", "_version", "_core", "options"},
 }
