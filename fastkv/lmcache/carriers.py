@@ -57,7 +57,7 @@ class OneServer:
     """A `Carrier` over the native connections of one client."""
 
     def __init__(self, client: Redis) -> None:
-        """Raises what redis-py says of wrong arguments; it would at the first connect."""
+        """Raises what redis-py says of wrong arguments, at a connect otherwise."""
         self._client = client
         self._closed = False
         make_connection(client.connection_pool, lambda: None)
@@ -112,7 +112,7 @@ class Cluster:
         self._attempt: Attempt | None = None  # under way, or the one that succeeded
         self._under_way = False
         self._error: Exception | None = None  # of the last attempt
-        self._in_flight: set[TileFuture] = set()  # of `submit_to`
+        self._in_flight: set[Future[list[bool]]] = set()  # of `submit_to`
         self._done: deque[Batch] = deque()
 
     # --- the client ------------------------------------------------------------------
@@ -203,7 +203,7 @@ class Cluster:
             self._in_flight.add(future)
             future.add_done_callback(done)
 
-        def done(future: TileFuture) -> None:
+        def done(future: Future[list[bool]]) -> None:
             self._in_flight.discard(future)
             batch.waiter = _raise_closed if future.cancelled() else future.result
             self._done.append(batch)
