@@ -6,7 +6,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,10 +36,22 @@ def wait_until(true: Callable[[], bool], seconds: float = 50.0) -> None:
 
 
 class Member:
-    """A server of a cluster."""
+    """A server of a cluster. With ``tls``, from `tests.tls.server_arguments`, it and
+    the others speak TLS to each other.
+    """
 
-    def __init__(self, binary: ServerBinary, *arguments: str, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        binary: ServerBinary,
+        *arguments: str,
+        tls: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
         self.bus_port = free_port()
+        if tls:
+            tls_port = free_port()
+            arguments += ("--tls-port", str(tls_port), "--tls-cluster", "yes")
+            arguments += ("--tls-replication", "yes", *tls)
         self.server = PrivateServer(
             binary,
             *("--cluster-enabled", "yes", "--cluster-port", str(self.bus_port)),
@@ -53,7 +65,7 @@ class Member:
             *arguments,
             **kwargs,
         )
-        self.port = self.server.port
+        self.port = tls_port if tls else self.server.port
         self.server.start()
         self.admin = self.server.client()
         self.id: str = self.call("MYID").decode()
@@ -213,12 +225,20 @@ class ClusterServers:
 class SentinelServer:
     """One of the watchers; wants a file of its own to write to."""
 
-    def __init__(self, binary: ServerBinary, master_port: int) -> None:
+    def __init__(
+        self, binary: ServerBinary, master_port: int, tls: Sequence[str] = ()
+    ) -> None:
         self.port = free_port()
+        self._tls = bool(tls)
         self._folder = tempfile.TemporaryDirectory(prefix="fastkv-")
         config = Path(self._folder.name) / "sentinel.conf"
+        port = f"port {self.port}\n"
+        if tls:
+            port = f"port 0\ntls-port {self.port}\ntls-replication yes\n"
+            for name, value in zip(tls[::2], tls[1::2], strict=True):
+                port += f"{name.removeprefix('--')} {value}\n"
         config.write_text(
-            f"port {self.port}\nbind 127.0.0.1\ndir {self._folder.name}\n"
+            f"{port}bind 127.0.0.1\ndir {self._folder.name}\n"
             f"logfile {self._folder.name}/log\n"
             f"sentinel monitor mymaster 127.0.0.1 {master_port} 2\n"
             "sentinel down-after-milliseconds mymaster 400\n"
@@ -232,7 +252,12 @@ class SentinelServer:
 
     def call(self, *args: str) -> Any:
         with redis.Redis(
-            port=self.port, retry=None, protocol=2, decode_responses=True
+            port=self.port,
+            retry=None,
+            protocol=2,
+            decode_responses=True,
+            ssl=self._tls,
+            ssl_cert_reqs="none",
         ) as client:
             return client.execute_command("SENTINEL", *args)
 
@@ -251,20 +276,26 @@ class SentinelServer:
 
 
 class SentinelServers:
-    """A master with a replica, and three sentinels that watch it as ``mymaster``."""
+    """A master with a replica, and three sentinels that watch it as ``mymaster``. With
+    ``tls``, from `tests.tls.server_arguments`, all of them speak TLS, and nothing else.
+    """
 
-    def __init__(self, binary: ServerBinary) -> None:
+    def __init__(self, binary: ServerBinary, tls: Sequence[str] = ()) -> None:
         self._servers: list[PrivateServer | SentinelServer] = []
+        self._tls = tls
+        self._ports: dict[PrivateServer, int] = {}
         try:
             self.master = self._start(binary)
             self.replica = self._start(binary)
             with self.replica.client() as client:
-                client.replicaof("127.0.0.1", self.master.port)
+                client.replicaof("127.0.0.1", self.port_of(self.master))
             wait_until(lambda: self.replication(self.replica).get("role") == "slave")
             self.wait_for_link()
             self.sentinels = []
             for _ in range(3):
-                self.sentinels.append(SentinelServer(binary, self.master.port))
+                self.sentinels.append(
+                    SentinelServer(binary, self.port_of(self.master), tls)
+                )
                 self._servers.append(self.sentinels[-1])
             wait_until(lambda: all(s.knows_all() for s in self.sentinels))
         except BaseException:
@@ -272,10 +303,20 @@ class SentinelServers:
             raise
 
     def _start(self, binary: ServerBinary) -> PrivateServer:
-        server = PrivateServer(binary, "--repl-diskless-sync-delay", "0")
+        arguments = ["--repl-diskless-sync-delay", "0"]
+        if self._tls:
+            arguments += ["--tls-port", str(free_port()), "--port", "0"]
+            arguments += ["--tls-replication", "yes", *self._tls]
+        server = PrivateServer(binary, *arguments)
         self._servers.append(server)
         server.start()
+        if self._tls:
+            self._ports[server] = int(arguments[3])
         return server
+
+    def port_of(self, server: PrivateServer) -> int:
+        """Where it listens."""
+        return self._ports.get(server, server.port)
 
     @staticmethod
     def replication(server: PrivateServer) -> dict[str, Any]:

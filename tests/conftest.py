@@ -172,6 +172,12 @@ def plain(server: PrivateServer) -> Iterator[redis.Redis]:
         yield client
 
 
+def pytest_collection_finish() -> None:
+    # `no_leaks` collects garbage twice a test: not all of torch's modules each time.
+    gc.collect()
+    gc.freeze()
+
+
 def open_fds() -> dict[int, str]:
     found = {}
     for name in os.listdir("/proc/self/fd"):

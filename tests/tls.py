@@ -183,6 +183,15 @@ def speaks_tls(binary: ServerBinary) -> bool:
     return "tls-cert-file" in said.stdout + said.stderr
 
 
+def server_arguments(identity: Identity, clients: Identity) -> list[str]:
+    """What a server shows, and whose certificates it takes, if it asks."""
+    return [
+        *("--tls-cert-file", identity.cert_file),
+        *("--tls-key-file", identity.key_file),
+        *("--tls-ca-cert-file", clients.cert_file, "--tls-auth-clients", "no"),
+    ]
+
+
 class TlsServer(PrivateServer):
     """A server that speaks TLS on `tls_port` of 127.0.0.1.
 
@@ -201,9 +210,7 @@ class TlsServer(PrivateServer):
         super().__init__(
             binary,
             *("--tls-port", str(self.tls_port), "--port", "0"),
-            *("--tls-cert-file", identity.cert_file),
-            *("--tls-key-file", identity.key_file),
-            *("--tls-ca-cert-file", clients.cert_file, "--tls-auth-clients", "no"),
+            *server_arguments(identity, clients),
         )
 
     def show(self, identity: Identity, **settings: str) -> None:

@@ -492,7 +492,7 @@ def test_memory_goes_back_only_when_no_thread_writes_it(whole: Any, how: str) ->
         one = whole(
             f"redis://127.0.0.1:{peer.port}", config={"blocking_timeout_secs": 1}
         )
-        engine = one.connector._store.node._engine
+        engine = one.connector._store.carrier._node._engine
         in_flight = []
         local = one.backend.local_cpu_backend
         free = local.memory_allocator.free
