@@ -109,10 +109,12 @@ class Node:
                 `wake_connector` was called.
         """
         check_supported(pool)
+        self.options = options
+        if getattr(pool, "is_master", True) is False:  # Sentinel's, of replicas
+            options = options.on_replica()
         workers, connections, window_bytes, range_bytes = options.filled(
             getattr(pool, "max_connections", 1 << 30)
         )
-        self.options = options
         self.closed = False
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # clients
         self.pool = weakref.ref(pool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import redis.sentinel
@@ -51,10 +52,12 @@ class Sentinel(redis.sentinel.Sentinel):
         **kwargs: Any,
     ) -> Redis:
         """As redis-py's: a client of one of the replicas. Values are read whole, unless
-        ``tile_range_bytes`` is given: a key that expires while replication lags could
+        ``tile_range_bytes`` is given here: a key that expires while replication lags could
         otherwise be read in two versions.
         """
-        options, kwargs = take_options(kwargs, self._tile_options)
+        # What was given for the master's values does not hold here.
+        base = replace(self._tile_options, range_bytes=None)
+        options, kwargs = take_options(kwargs, base)
         client: Redis = super().slave_for(  # type: ignore[no-untyped-call]  # redis-py's
             service_name, redis_class, connection_pool_class, **kwargs
         )

@@ -2,6 +2,8 @@
 // range is asked for next, and what became of the whole. No sockets, threads, clocks or locks;
 // any thread.
 //
+// That all connections lead to one server is the caller's business (see Schedule::offer).
+//
 // All ranges are of one version, by optimistic locking
 // (https://redis.io/docs/latest/develop/reference/transactions/). Each reader sends WATCH key, its
 // ranges, MULTI, EXEC, and EXEC is answered by an empty array only if nobody touched the key since

@@ -268,16 +268,27 @@ Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
 }
 
 void Schedule::offer(Batch& batch, std::uint32_t index,
-                     const std::shared_ptr<RangedValue>& ranges) {
+                     const std::shared_ptr<RangedValue>& ranges, std::uint32_t lane,
+                     const std::string& server) {
   {
     std::lock_guard lock(mutex_);
     if (batch.abandoned_) return;  // the worker is told next
     drop_offers_locked(nullptr);
-    offers_.push_back({&batch, index, ranges});
+    offers_.push_back({&batch, index, ranges, lane, server});
     offered_ = offers_.size();
   }
   // If others must wait until its WATCH is answered, the worker says when.
   if (ranges->worth_joining()) wake_helpers();
+}
+
+void Schedule::identified(std::uint32_t lane, const std::string& server) {
+  {
+    std::lock_guard lock(mutex_);
+    for (Offer& offer : offers_) {
+      if (offer.lane == lane) offer.server = server;
+    }
+  }
+  wake_helpers();
 }
 
 // Those that are over, and those of one batch.
@@ -306,12 +317,23 @@ bool Schedule::worth_connecting() {
   });
 }
 
-Schedule::Run Schedule::help(std::uint64_t generation) {
+bool Schedule::worth_identifying() {
+  std::lock_guard lock(mutex_);
+  return std::any_of(offers_.begin(), offers_.end(), [](const Offer& offer) {
+    const auto ranges = offer.ranges.lock();
+    return ranges && ranges->snapshot() && !ranges->exhausted();
+  });
+}
+
+Schedule::Run Schedule::help(std::uint64_t generation, const std::string& server) {
   std::lock_guard lock(mutex_);
   if (generation != generation_) return {};
   drop_offers_locked(nullptr);
   for (const Offer& offer : offers_) {
-    if (auto ranges = offer.ranges.lock(); ranges && ranges->join()) {
+    auto ranges = offer.ranges.lock();
+    if (!ranges) continue;
+    if (ranges->snapshot() && (server.empty() || offer.server != server)) continue;
+    if (ranges->join()) {
       return {offer.batch, offer.index, 1, std::move(ranges)};
     }
   }
@@ -355,7 +377,8 @@ bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counte
 void Schedule::fail(Batch& batch, const Status& why) {
   {
     std::lock_guard lock(mutex_);
-    if (batch.status_.ok()) batch.status_ = why;
+    // Whoever would send the batch again must know of an operation that may have been done.
+    if (batch.status_.ok() || why.code == Code::unknown_outcome) batch.status_ = why;
   }
   finish(batch, 1);
 }

@@ -124,13 +124,18 @@ class Schedule {
   bool has_work(PrioritySet priorities) const noexcept;
   // Somebody may wait for a lookup or a retrieve.
   bool urgent(Clock::time_point now) const noexcept { return now < urgent_until_.load(); }
-  // A large value that a connection has begun: idle ones may help(), once it is open.
-  void offer(Batch& batch, std::uint32_t index, const std::shared_ptr<RangedValue>& ranges);
+  // A large value that a lane has begun: idle ones may help(), once it is open. With a snapshot, only
+  // those that lead to the same server for certain: two servers of one name may hold two versions,
+  // and nobody touches either. `server` is empty as long as it is not known.
+  void offer(Batch& batch, std::uint32_t index, const std::shared_ptr<RangedValue>& ranges,
+             std::uint32_t lane, const std::string& server);
+  void identified(std::uint32_t lane, const std::string& server);
   void wake_helpers() noexcept;
   // A hint whether there is an offer, and whether one is worth a new connection.
   bool wants_help(PrioritySet priorities) const noexcept;
   bool worth_connecting();
-  Run help(std::uint64_t generation);
+  bool worth_identifying();
+  Run help(std::uint64_t generation, const std::string& server);
   // An operation that came back: queues it again if the batch's policy allows another attempt after
   // `why`. `sent`: the server may have seen it. `counted`: it uses up an attempt. If false, the
   // worker must answer or fail it.
@@ -198,6 +203,8 @@ class Schedule {
     Batch* batch = nullptr;  // alive as long as somebody reads the value
     std::uint32_t index = 0;
     std::weak_ptr<RangedValue> ranges;
+    std::uint32_t lane = 0;
+    std::string server;
   };
   std::vector<Offer> offers_;
   std::vector<std::uint32_t> connect_requests_;

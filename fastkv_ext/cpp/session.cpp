@@ -68,6 +68,7 @@ void Session::push(const Operation& operation) {
       append_bulk(heads_, operation.key);
       break;
     case Command::ping: heads_.append("*1\r\n$4\r\nPING\r\n"); break;
+    case Command::server: heads_.append("*2\r\n$4\r\nINFO\r\n$6\r\nserver\r\n"); break;
     case Command::unwatch:
       heads_.append("*1\r\n$7\r\nUNWATCH\r\n");
       waiting.abandoned = true;  // nobody waits for it
@@ -401,6 +402,21 @@ Status Session::take_head(const ReplyHead& head) {
       body_outcome_ = body_left_ == front.value_bytes ? Outcome::hit : Outcome::size_mismatch;
       discard_ = front.abandoned || body_outcome_ == Outcome::size_mismatch;
       if (discard_) unread_ -= front.value_bytes;
+      return {};
+    case Command::server:
+      if (head.type == Type::array) return protocol_error("INFO was answered by an array");
+      if (head.type != Type::bulk || head.value < 0) {
+        complete(Outcome::miss);
+        return {};
+      }
+      reading_ = Reading::body;
+      segment_ = 0;
+      segment_at_ = 0;
+      body_left_ = static_cast<std::uint64_t>(head.value);
+      body_bytes_ = head.value;
+      body_outcome_ = body_left_ <= front.value_bytes ? Outcome::hit : Outcome::size_mismatch;
+      discard_ = body_outcome_ == Outcome::size_mismatch;
+      if (!discard_) unread_ += body_left_;
       return {};
     case Command::set:
       if (head.type == Type::simple && head.text == "OK") {

@@ -42,6 +42,7 @@ enum class Command : std::uint8_t {
   unlink,
   ping,
   asking,
+  server,  // INFO server, whose reply fits in the value if it hits
   // Steps of a GET in ranges.
   unwatch,
   watch,
@@ -52,7 +53,7 @@ enum class Command : std::uint8_t {
 
 // Names an operation for its owner; the session only hands it back.
 struct Ticket {
-  void* owner = nullptr;  // null: the session's own (a health check)
+  void* owner = nullptr;  // null: the worker's own
   std::uint32_t index = 0;
 };
 
@@ -72,7 +73,8 @@ struct Operation {
 struct Completed {
   Ticket ticket;
   Outcome outcome = Outcome::unanswered;
-  std::int64_t actual_bytes = 0;  // size_mismatch: the length of the value that the server has
+  // size_mismatch: the length of the value that the server has; `server`: of the reply.
+  std::int64_t actual_bytes = 0;
   std::string error;              // refused: the error line
   // lost: what happened.
   std::shared_ptr<RangedValue> ranges;

@@ -20,6 +20,11 @@ constexpr std::size_t kTurnBytes = std::size_t{1} << 20;
 // Of a store, in one system call, while somebody waits for a lookup or a retrieve: what lies in the
 // server's socket is read before the next request is. Without need it would halve the rate of SETs.
 constexpr std::size_t kUrgentWrite = std::size_t{512} << 10;
+// Of a worker's own requests.
+constexpr std::uint32_t kHealthTicket = 0;
+constexpr std::uint32_t kServerTicket = 1;
+// INFO server has less than 2 KiB.
+constexpr std::size_t kServerReplyBytes = std::size_t{8} << 10;
 
 }  // namespace
 
@@ -156,6 +161,8 @@ void Worker::adopt(Lane& lane, Adopt&& message) {
     lane.stream = std::move(message.stream);
   }
   lane.state = State::connected;
+  lane.server_asked = false;
+  lane.server.clear();
   lane.checking = lane.polls_write = lane.reads_on = false;
   lane.stall_timeout = message.stall_timeout;
   lane.health_interval = message.health_interval;
@@ -227,7 +234,11 @@ void Worker::settle(Lane& lane) {
   Status drop;
   for (Completed& completed : lane.session.completed()) {
     const bool refused = completed.outcome == Outcome::refused;
-    if (!completed.ticket.owner) {  // a health check
+    if (!completed.ticket.owner) {
+      if (completed.ticket.index == kServerTicket) {
+        learn_server(lane, completed);
+        continue;
+      }
       lane.checking = false;
       if (refused && drop.ok()) drop = {Code::connection_lost, std::move(completed.error)};
       continue;
@@ -296,7 +307,7 @@ std::size_t Worker::feed(Lane& lane) {
   Session& session = lane.session;
   if (idle && lane.health_interval.count() > 0 && now_ - lane.progress > lane.health_interval) {
     lane.checking = true;
-    session.push({.command = Command::ping});
+    session.push({.command = Command::ping, .ticket = {nullptr, kHealthTicket}});
     lane.progress = now_;
     transmit(lane);
     return 0;
@@ -317,9 +328,13 @@ std::size_t Worker::feed(Lane& lane) {
     carry(lane);
   }
   if (session.requests() == 0 && may_help()) {
-    carried_ = schedule_.help(lane.generation);
+    carried_ = schedule_.help(lane.generation, lane.server);
     fed += carried_.count;
     carry(lane);
+    if (session.requests() == 0 && !lane.server_asked && schedule_.worth_identifying()) {
+      ask_server(lane);
+      ++fed;
+    }
   }
   if (fed == 0) return 0;
   // Others may have read all of a value between our joining it and our first claim.
@@ -342,13 +357,42 @@ void Worker::carry(Lane& lane) {
       operation.ranges = nullptr;
     }
     --carried_.count;
+    const bool offered =
+        operation.ranges && !operation.helping && operation.ranges->divisible();
+    if (offered && operation.ranges->snapshot() && !lane.server_asked) ask_server(lane);
     lane.session.push(operation);
     lane.session.pump(window_.bytes);
-    if (operation.ranges && !operation.helping && operation.ranges->divisible()) {
-      schedule_.offer(*carried_.batch, carried_.first, operation.ranges);
+    if (offered) {
+      schedule_.offer(*carried_.batch, carried_.first, operation.ranges, lane.number, lane.server);
     }
     ++carried_.first;
   }
+}
+
+// Which server is at the other end: of one name there may be several.
+void Worker::ask_server(Lane& lane) {
+  lane.server_asked = true;
+  lane.server_reply.resize(kServerReplyBytes);
+  lane.server_target = {reinterpret_cast<std::byte*>(lane.server_reply.data()), kServerReplyBytes};
+  lane.session.push({.command = Command::server,
+                     .ticket = {nullptr, kServerTicket},
+                     .value = {&lane.server_target, 1}});
+}
+
+// Without an answer, for lack of permission, say, the lane shares no snapshots.
+void Worker::learn_server(Lane& lane, const Completed& reply) {
+  if (reply.outcome == Outcome::hit) {
+    lane.server_reply.resize(static_cast<std::size_t>(reply.actual_bytes));
+    constexpr std::string_view kField = "\nrun_id:";
+    if (const auto at = lane.server_reply.find(kField); at != std::string::npos) {
+      const auto begin = at + kField.size();
+      lane.server = lane.server_reply.substr(begin, lane.server_reply.find('\r', begin) - begin);
+    }
+  }
+  lane.server_reply = {};
+  if (lane.server.empty()) return;
+  turn_again_ = true;
+  schedule_.identified(lane.number, lane.server);
 }
 
 // Drops the connection. Its operations go back to the queue as far as their policy allows.

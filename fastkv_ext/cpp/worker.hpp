@@ -47,7 +47,12 @@ class Worker {
     std::unique_ptr<Stream> stream;  // changes under Schedule::fork_mutex
     Session session;
     std::uint64_t generation = 0;  // if not the schedule's: pull no more, drop it when idle
-    bool checking = false;         // a health check is on its way; pull when it is answered
+    // INFO server, asked for at the first value that is shared as a snapshot.
+    bool server_asked = false;
+    std::string server;  // its run id; empty: unknown
+    std::string server_reply;
+    Segment server_target;
+    bool checking = false;  // a health check is on its way; pull when it is answered
     bool polls_write = false;      // registered for EPOLLOUT
     bool reads_on = false;         // see Stream::holds_bytes
     Clock::duration stall_timeout{};
@@ -67,6 +72,8 @@ class Worker {
   void settle(Lane& lane);
   std::size_t feed(Lane& lane);
   void carry(Lane& lane);
+  void ask_server(Lane& lane);
+  void learn_server(Lane& lane, const Completed& reply);
   void lose(Lane& lane, const Status& why, bool counted);
   void give_back(const Ticket& ticket, bool sent, bool counted, const Status& why);
   void abandon(const Batch& batch);

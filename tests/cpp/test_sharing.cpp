@@ -36,6 +36,7 @@ class Store {
       const std::size_t end = std::min(std::stoul(words[3]) + 1, bytes_);
       return bulk(std::string(end - begin, letter));
     }
+    if (words[0] == "INFO") return bulk("# Server\r\nrun_id:0123abcd\r\nport:1\r\n");
     auto& watched = watched_[connection];
     if (words[0] == "WATCH") {
       if (!watched) watched = version_;
@@ -72,6 +73,25 @@ class Store {
   std::map<int, std::optional<unsigned>> watched_;
   std::map<std::string, int> calls_;
   std::map<std::string, std::map<int, int>> by_connection_;
+};
+
+// Each connection leads to a server of its own, and they hold different versions.
+struct Strangers {
+  std::optional<std::string> operator()(int connection, const std::vector<std::string>& words) {
+    const char letter = static_cast<char>('a' + connection);
+    if (words[0] == "INFO") {
+      if (anonymous) return "-NOPERM this user has no permissions to run the 'info' command\r\n";
+      return bulk("# Server\r\nrun_id:" + std::string(40, letter) + "\r\n");
+    }
+    if (words[0] == "GETRANGE") {
+      const std::size_t begin = std::stoul(words[2]);
+      return bulk(std::string(std::min(std::stoul(words[3]) + 1, bytes) - begin, letter));
+    }
+    if (words[0] == "GET") return bulk(std::string(100, letter));
+    return words[0] == "EXEC" ? "*0\r\n" : words[0] == "EXISTS" ? ":1\r\n" : "+OK\r\n";
+  }
+  std::size_t bytes;
+  bool anonymous;
 };
 
 struct Get {
@@ -151,6 +171,21 @@ TEST(a_value_that_is_complete_does_not_wait_for_a_helper_whose_watch_is_not_answ
   wait_for(*queue, 1);
   CHECK(get.batch->status().ok() && get.right());
   CHECK(Clock::now() - start < std::chrono::seconds(4));  // before that connection has stalled
+}
+
+TEST(servers_behind_one_name_do_not_share_a_snapshot) {
+  for (const bool anonymous : {false, true}) {
+    Engine engine(3, 4, kWindow);
+    Connector connector(engine, Strangers{kLarge, anonymous});
+    connect_all(engine);
+    for (int i = 0; i < 20; ++i) {
+      auto queue = std::make_shared<CompletionQueue>();
+      Get get(1, kLarge, false);
+      engine.submit(get.batch, get.id, queue, retry(0), 0);
+      wait_for(*queue, 1);
+      CHECK(get.batch->outcome(0) == Outcome::hit && get.right());
+    }
+  }
 }
 
 TEST(nobody_connects_to_help_with_what_is_over) {

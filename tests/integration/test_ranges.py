@@ -264,3 +264,41 @@ def test_connections_killed_between_ranges_change_no_answer(
     finally:
         stop.set()
         killer.join()
+
+
+def test_two_servers_behind_one_name_are_not_mixed(
+    own_server: PrivateServer, make: Any
+) -> None:
+    """As after a failover by DNS, when the old server goes on for those it has."""
+
+    class Named(redis.Connection):
+        server = own_server
+
+        def _connect(self) -> Any:
+            self.port = self.server.port
+            return super()._connect()
+
+    size = 64 << 20
+    with PrivateServer(own_server.binary) as other:
+        for number, server in enumerate((own_server, other)):
+            with server.client() as admin:
+                admin.set("k", bytes([number + 1]) * size)
+        for _ in range(5):
+            Named.server = own_server
+            client = make(
+                connection_pool=redis.ConnectionPool(connection_class=Named)
+            )
+            got = bytearray(size)
+            assert client.batch_tile_get(["k"], [got]) == [True]
+            with own_server.client() as admin:
+                lanes = [
+                    one["id"]
+                    for one in admin.client_list()
+                    if one["cmd"] in ("getrange", "exec", "watch")
+                ]
+                assert len(lanes) > 1, "it was not shared"
+                Named.server = other
+                admin.client_kill_filter(_id=lanes[0])
+            got = bytearray(size)
+            assert client.batch_tile_get(["k"], [got]) == [True]
+            assert got.count(got[0]) == size, "two versions"
