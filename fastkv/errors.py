@@ -97,7 +97,7 @@ def error_of_code(code: int, detail: str, keys: int, timeout: float) -> RedisErr
     if code == Code.UNKNOWN_OUTCOME:
         return ConnectionError(
             f"{detail} A SET with nx or xx had been sent and was not answered: "
-            "whether it was done is unknown."
+            "whether it was done is unknown.".lstrip()
         )
     if code == Code.CLOSED:
         return ConnectionError("The client was closed before the batch was complete.")

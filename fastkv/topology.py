@@ -59,6 +59,7 @@ class Routing:
     def _start_routing(self, options: TileOptions) -> None:
         self._tile_options = options
         self._tile_nodes: dict[str, Node] = {}  # by redis-py's names
+        self._tile_replaced: list[Node] = []
         self._tile_owners: _Owners | None = None
         self._tile_closes = 0
 
@@ -72,6 +73,8 @@ class Routing:
     def _tile_route(
         self, batch: Batch, indices: Sequence[int], asked: dict[int, Address]
     ) -> tuple[list[Part], list[int]]:
+        if self._tile_replaced:
+            self._leave_replaced()
         parts: list[Part] = []
         if asked:
             by_address: dict[Address, list[int]] = {}
@@ -139,8 +142,18 @@ class Routing:
         old, node = node, node_of(self, self._share(), pool)
         self._tile_nodes[name] = node
         if old is not None and old is not node:
-            leave_node(self, old)
+            self._tile_replaced.append(old)
+            self._leave_replaced()
         return node
+
+    def _leave_replaced(self) -> None:
+        # One that still carries parts of batches must not be closed under them.
+        replaced, self._tile_replaced = self._tile_replaced, []
+        for node in replaced:
+            if node.usable and not node.idle:
+                self._tile_replaced.append(node)
+            else:
+                drop_node(self, node)  # joins no threads: this may be an event loop
 
     def _share(self) -> TileOptions:
         """A new node's, of the cluster as it is now."""
@@ -154,19 +167,27 @@ class Routing:
         self._tile_owners = None  # redis-py may have changed the cache in place
         for name, node in list(self._tile_nodes.items()):
             gone = name not in self.nodes_manager.nodes_cache
-            if gone and node.idle and self._tile_nodes.pop(name, None) is node:
-                leave_node(self, node)
+            if gone and self._tile_nodes.pop(name, None) is node:
+                self._tile_replaced.append(node)
+        self._leave_replaced()
 
     def _leave_nodes(self) -> None:
         """Close them, unless other clients use them."""
         self._tile_closes += 1
-        while self._tile_nodes:
-            _, node = self._tile_nodes.popitem()
+        for node in self._take_nodes():
             leave_node(self, node)
+
+    def _take_nodes(self) -> Iterator[Node]:
+        while True:
+            try:
+                yield self._tile_nodes.popitem()[1]
+            except KeyError:  # another thread may be at it, too
+                break
+        replaced, self._tile_replaced = self._tile_replaced, []
+        yield from replaced
 
     def _drop_nodes(self) -> None:
         """As `_leave_nodes`, for ``__del__``."""
         self._tile_closes += 1
-        while self._tile_nodes:
-            _, node = self._tile_nodes.popitem()
+        for node in self._take_nodes():
             drop_node(self, node)

@@ -11,6 +11,13 @@ namespace {
 constexpr auto kUrgent = std::chrono::milliseconds(200);
 constexpr std::uint64_t kUrgentStoreBytes = std::uint64_t{256} << 10;
 
+// Whether the caller of a batch that ended so might send it again, to another node, say. Then it must
+// not look so if an operation may have been done.
+bool may_be_sent_again(Code code) noexcept {
+  return code == Code::connection_lost || code == Code::stalled || code == Code::connect_failed ||
+         code == Code::closed;
+}
+
 }  // namespace
 
 void Inbox::post(Message message) {
@@ -377,10 +384,17 @@ bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counte
 void Schedule::fail(Batch& batch, const Status& why) {
   {
     std::lock_guard lock(mutex_);
-    // Whoever would send the batch again must know of an operation that may have been done.
-    if (batch.status_.ok() || why.code == Code::unknown_outcome) batch.status_ = why;
+    const bool first = batch.status_.ok();
+    if (first || (why.code == Code::unknown_outcome && may_be_sent_again(batch.status_.code))) {
+      batch.status_ = why;
+    }
   }
   finish(batch, 1);
+}
+
+void Schedule::doubt(Batch& batch) {
+  std::lock_guard lock(mutex_);
+  if (may_be_sent_again(batch.status_.code)) batch.status_.code = Code::unknown_outcome;
 }
 
 void Schedule::finish(Batch& batch, std::size_t operations) {

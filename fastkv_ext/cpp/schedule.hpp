@@ -141,6 +141,8 @@ class Schedule {
   // worker must answer or fail it.
   bool requeue(Batch& batch, std::uint32_t index, bool sent, bool counted, Code why);
   void fail(Batch& batch, const Status& why);
+  // An operation of an abandoned batch was sent, must not be repeated, and is not answered.
+  void doubt(Batch& batch);
   void finish(Batch& batch, std::size_t operations);  // that were pulled
   // Somebody may sleep who can carry what worker `from` was woken for and could not.
   void pass_on(std::size_t from) noexcept;

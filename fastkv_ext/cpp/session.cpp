@@ -566,7 +566,9 @@ Session::Abandoned Session::abandon(const void* owner) noexcept {
       discard_ = true;
       unread_ -= body_left_;
     }
-    if (!waiting.reader) ++result.released;
+    if (waiting.reader) continue;
+    ++result.released;
+    result.sent |= written_ > waiting.first_byte;
   }
   for (Reader& reader : readers_) {
     if (reader.abandoned || reader.operation.ticket.owner != owner) continue;

@@ -122,6 +122,7 @@ class Session {
   struct Abandoned {
     std::size_t released = 0;
     bool usable = true;
+    bool sent = false;  // a byte of one of their requests
   };
   Abandoned abandon(const void* owner) noexcept;
 

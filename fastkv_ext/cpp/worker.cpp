@@ -424,7 +424,7 @@ void Worker::give_back(const Ticket& ticket, bool sent, bool counted, const Stat
   }
 }
 
-void Worker::abandon(const Batch& batch) {
+void Worker::abandon(Batch& batch) {
   // Counted operations of the batch must be out before its last ones are.
   flush_finished();
   for (const auto& lane : lanes_) {
@@ -432,7 +432,8 @@ void Worker::abandon(const Batch& batch) {
     const auto abandoned = lane->session.abandon(&batch);
     if (abandoned.released == 0) continue;
     if (!abandoned.usable) lose(*lane, {Code::cancelled, {}}, false);
-    schedule_.finish(const_cast<Batch&>(batch), abandoned.released);
+    if (abandoned.sent && !batch.repeatable()) schedule_.doubt(batch);
+    schedule_.finish(batch, abandoned.released);
   }
 }
 

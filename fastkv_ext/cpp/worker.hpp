@@ -76,7 +76,7 @@ class Worker {
   void learn_server(Lane& lane, const Completed& reply);
   void lose(Lane& lane, const Status& why, bool counted);
   void give_back(const Ticket& ticket, bool sent, bool counted, const Status& why);
-  void abandon(const Batch& batch);
+  void abandon(Batch& batch);
   int next_timeout() const;
   void check_stalls();
   void finished(Batch* batch);

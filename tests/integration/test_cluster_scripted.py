@@ -5,6 +5,7 @@ without an answer, and no more often than redis-py would.
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -187,6 +188,37 @@ def test_a_wrong_answer_is_not_repeated(make_client: Any, node: ScriptedNode) ->
     node.expect("EXISTS", "a").reply(b"-WRONGTYPE no\r\n")
     with pytest.raises(fastkv.TileError):
         client.batch_tile_exists(["a"])
+
+
+def test_a_node_that_redis_py_makes_anew_does_not_end_what_is_in_flight(
+    make_client: Any, node: ScriptedNode
+) -> None:
+    client = make_client(5)
+    answered = threading.Event()
+    sent = node.expect("SET", "a", "x", "NX").reply(b"+OK\r\n").when(answered)
+    node.expect("EXISTS", "b").reply(b":1\r\n")
+    storing = client.submit_batch_tile_set(["a"], [b"x"], nx=True)
+    assert sent.seen.wait(5)
+    # As when a node leaves the cluster and comes back: it has another pool then.
+    client.nodes_manager.get_node("127.0.0.1", node.port).redis_connection = None
+    assert client.batch_tile_exists(["b"]) == [True]
+    answered.set()
+    assert storing.result(5) == [True]
+    node.expect("EXISTS", "c").reply(b":1\r\n")
+    assert client.batch_tile_exists(["c"]) == [True]
+    assert client._tile_replaced == []
+
+
+def test_a_conditional_set_that_was_sent_is_not_sent_again_by_another_node(
+    make_client: Any, node: ScriptedNode
+) -> None:
+    client = make_client(5)
+    sent = node.expect("SET", "a", "x", "NX")
+    storing = client.submit_batch_tile_set(["a"], [b"x"], nx=True)
+    assert sent.seen.wait(5)
+    next(iter(client._tile_nodes.values())).close()
+    with pytest.raises(ConnectionError, match="unknown"):
+        storing.result(5)
 
 
 def test_a_future_is_cancelled_between_two_rounds(
