@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from redis.credentials import CredentialProvider
 from redis.exceptions import ConnectionError
-from redis.sentinel import SlaveNotFoundError
+from redis.sentinel import MasterNotFoundError, SlaveNotFoundError
 
 #: Gives an event loop that is running now.
 FindLoop: TypeAlias = "Callable[[], asyncio.AbstractEventLoop | None]"
@@ -86,5 +86,11 @@ class AwaitedSentinel:
                 break
             tried.add(address)
             yield address
-        yield self.get_master_address()
+        try:
+            master = self.get_master_address()
+        except MasterNotFoundError:
+            pass
+        else:
+            if master not in tried:
+                yield master
         raise SlaveNotFoundError(f"No slave found for {self.service_name!r}")

@@ -52,8 +52,8 @@ class Sentinel(redis.sentinel.Sentinel):
         **kwargs: Any,
     ) -> Redis:
         """As redis-py's: a client of one of the replicas. Values are read whole, unless
-        ``tile_range_bytes`` is given here: a key that expires while replication lags could
-        otherwise be read in two versions.
+        ``tile_range_bytes`` is given here: a key that expires while replication lags
+        could otherwise be read in two versions.
         """
         # What was given for the master's values does not hold here.
         base = replace(self._tile_options, range_bytes=None)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import redis.asyncio
 from redis.asyncio.cluster import ClusterNode, NodesManager
+from redis.auth.token import TokenInterface
 from redis.exceptions import ConnectionError
 from redis.utils import str_if_bytes
 
@@ -26,10 +28,20 @@ if TYPE_CHECKING:
 # As in fastkv.cluster.
 _HINTS = inspect.signature(NodesManager.initialize).parameters
 
-# redis-py's commands close and reopen the client when the cluster has changed.
+# redis-py's commands and pipelines close and reopen the client when the cluster has
+# changed.
 _inside_command: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "fastkv_inside_command", default=False
 )
+
+
+class _Pipeline(redis.asyncio.cluster.ClusterPipeline):
+    async def execute(self, *args: Any, **kwargs: Any) -> list[Any]:
+        token = _inside_command.set(True)
+        try:
+            return await super().execute(*args, **kwargs)
+        finally:
+            _inside_command.reset(token)
 
 
 class RedisCluster(Tiles, Routing, redis.asyncio.RedisCluster):  # type: ignore[misc]  # redis-py's own bases disagree
@@ -44,6 +56,7 @@ class RedisCluster(Tiles, Routing, redis.asyncio.RedisCluster):  # type: ignore[
         self._start_routing(options)
         # redis-py's nodes here have no pool; these say how to connect, no more.
         self._tile_pools: dict[str, Pool] = {}
+        self._tile_node_class = _class_of_nodes(self)
         super().__init__(*args, **kwargs)
 
     @classmethod
@@ -61,6 +74,14 @@ class RedisCluster(Tiles, Routing, redis.asyncio.RedisCluster):  # type: ignore[
             # Joins threads, which may take a moment.
             await asyncio.get_running_loop().run_in_executor(None, self._leave_nodes)
         await super().aclose()
+
+    def pipeline(
+        self, transaction: Any | None = None, shard_hint: Any | None = None
+    ) -> redis.asyncio.cluster.ClusterPipeline:
+        """As redis-py's."""
+        if shard_hint:  # it says what is wrong with that
+            return super().pipeline(transaction, shard_hint)
+        return _Pipeline(self, transaction)  # type: ignore[abstract]  # so is redis-py's own
 
     async def _execute_command(self, *args: Any, **kwargs: Any) -> Any:
         token = _inside_command.set(True)
@@ -96,6 +117,7 @@ class RedisCluster(Tiles, Routing, redis.asyncio.RedisCluster):  # type: ignore[
             pool = self._tile_pools[cluster_node.name] = redis.asyncio.ConnectionPool(
                 cluster_node.connection_class, cluster_node.max_connections, **kwargs
             )
+            cluster_node.__class__ = self._tile_node_class
         return pool
 
     async def _tile_refresh(self, step: rounds.Refresh) -> None:
@@ -140,6 +162,25 @@ class RedisCluster(Tiles, Routing, redis.asyncio.RedisCluster):  # type: ignore[
         await self.nodes_manager.initialize(
             **{name: hint for name, hint in hints.items() if name in _HINTS}
         )
+
+
+def _class_of_nodes(client: RedisCluster) -> type[ClusterNode]:
+    """redis-py's nodes, who tell our connections of a new token, too. (Their attributes
+    are fixed; a class for each client knows whose they are.)
+    """
+    owner = weakref.ref(client)
+
+    class Node(ClusterNode):
+        __slots__ = ()
+
+        async def re_auth_callback(self, token: TokenInterface) -> None:
+            cluster = owner()
+            pool = cluster and cluster._tile_pools.get(self.name)
+            if pool:
+                await pool.re_auth_callback(token)
+            await super().re_auth_callback(token)
+
+    return Node
 
 
 def _read_only(connection: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
+from redis.credentials import StreamingCredentialProvider
 from redis.exceptions import RedisClusterException, TimeoutError
 
 import fastkv
@@ -394,3 +395,83 @@ def test_a_forked_child_gets_its_own_connections(client: fastkv.RedisCluster) ->
     assert got == stored
     ours.close()
     theirs.close()
+
+
+class _Token:
+    def __init__(self, user: str) -> None:
+        self.user = user
+
+    def try_get(self, _key: str) -> str:
+        return self.user
+
+    def get_value(self) -> str:
+        return "secret"
+
+
+class _Provider(StreamingCredentialProvider):
+    """Says a new user to all who asked to be told."""
+
+    def __init__(self) -> None:
+        self.user = "before"
+        self.told: list[Any] = []
+
+    def get_credentials(self) -> tuple[str, str]:
+        return self.user, "secret"
+
+    async def get_credentials_async(self) -> tuple[str, str]:
+        return self.user, "secret"
+
+    def on_next(self, callback: Any) -> None:
+        self.told.append(callback)
+
+    def on_error(self, callback: Any) -> None:
+        pass
+
+    def is_streaming(self) -> bool:
+        return True
+
+
+def test_a_rotated_token_reaches_the_connections_of_asyncio(
+    cluster: ClusterServers,
+) -> None:
+    for member in cluster.members:
+        for user in ("before", "after"):
+            member.admin.acl_setuser(
+                user,
+                enabled=True,
+                passwords=["+secret"],
+                keys=["*"],
+                categories=["+@all"],
+            )
+
+    def users() -> set[str]:
+        return {
+            one["user"]
+            for member in cluster.members
+            for one in member.admin.client_list()
+            if one["cmd"] != "cluster|slots"  # redis-py's, which it forgets
+        } - {"default"}
+
+    async def main() -> None:
+        provider = _Provider()
+        async with fastkv.asyncio.RedisCluster(
+            host="127.0.0.1", port=cluster.port, credential_provider=provider
+        ) as client:
+            assert not any(await client.batch_tile_exists(KEYS))
+            for key in KEYS[:20]:
+                await client.get(key)
+            assert users() == {"before"}
+            provider.user = "after"
+            for tell in provider.told:
+                await tell(_Token("after"))
+            assert not any(await client.batch_tile_exists(KEYS))
+            assert not any(
+                await client.batch_tile_get(KEYS, [bytearray(1) for _ in KEYS])
+            )
+            assert eventually(lambda: users() == {"after"})
+
+    try:
+        asyncio.run(main())
+    finally:
+        for member in cluster.members:
+            member.admin.acl_deluser("before", "after")

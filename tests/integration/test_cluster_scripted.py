@@ -4,6 +4,7 @@ without an answer, and no more often than redis-py would.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from redis.exceptions import (
 from redis.retry import Retry
 
 import fastkv
+import fastkv.asyncio
 from fastkv._core import key_slot
 from tests.scripted import ScriptedPeer
 
@@ -34,7 +36,9 @@ class ScriptedNode(ScriptedPeer):
 
     def answer(self, connection: socket.socket, command: list[bytes]) -> bool:
         if command[0] == b"COMMAND":
-            connection.sendall(b"*0\r\n")
+            # All that redis-py's pipelines want to know of one.
+            get = b"*6\r\n$3\r\nget\r\n:2\r\n*1\r\n+readonly\r\n:1\r\n:1\r\n:1\r\n"
+            connection.sendall(b"*1\r\n" + get)
             return True
         if command[0] != b"CLUSTER":
             if self.script_over and not self._steps:
@@ -230,3 +234,24 @@ def test_a_future_is_cancelled_between_two_rounds(
     assert step.seen.wait(5)
     assert future.cancel()
     client.close()
+
+
+def test_a_pipeline_of_redis_py_that_looks_again_ends_no_batch(
+    node: ScriptedNode,
+) -> None:
+    answered = threading.Event()
+    sent = node.expect("EXISTS", "a").reply(b":1\r\n").when(answered)
+    node.expect("GET", "b").reply(b"-CLUSTERDOWN Hash slot not served\r\n")
+    node.expect("GET", "b").reply(b"$1\r\nx\r\n")
+
+    async def main() -> None:
+        async with fastkv.asyncio.RedisCluster(
+            host="127.0.0.1", port=node.port, protocol=2, tile_connections=1
+        ) as client:
+            looking = asyncio.ensure_future(client.batch_tile_exists(["a"]))
+            assert await asyncio.to_thread(sent.seen.wait, 5)
+            assert await client.pipeline().get("b").execute() == [b"x"]
+            answered.set()
+            assert await looking == [True]
+
+    asyncio.run(main())

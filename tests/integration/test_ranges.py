@@ -285,9 +285,7 @@ def test_two_servers_behind_one_name_are_not_mixed(
                 admin.set("k", bytes([number + 1]) * size)
         for _ in range(5):
             Named.server = own_server
-            client = make(
-                connection_pool=redis.ConnectionPool(connection_class=Named)
-            )
+            client = make(connection_pool=redis.ConnectionPool(connection_class=Named))
             got = bytearray(size)
             assert client.batch_tile_get(["k"], [got]) == [True]
             with own_server.client() as admin:
