@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -14,6 +13,7 @@ from fastkv._core import Batch
 from fastkv.connector import Pool
 from fastkv.node import TileFuture
 from fastkv.options import options_of_url, signed_as, take_options
+from fastkv.refresher import Refresh, Refresher
 from fastkv.tiles import Tiles
 from fastkv.topology import Routing
 
@@ -51,6 +51,7 @@ class RedisCluster(Tiles, Routing, redis.RedisCluster):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         options, kwargs = take_options(kwargs)
         self._start_routing(options)
+        self._tile_refresher = Refresher()
         if kwargs.get("url"):
             kwargs["url"], in_url, _ = options_of_url(kwargs["url"], {})
             self._tile_options = options.overridden(in_url)
@@ -87,9 +88,8 @@ class RedisCluster(Tiles, Routing, redis.RedisCluster):
         pool: Pool = self.get_redis_connection(cluster_node).connection_pool
         return pool
 
-    def _tile_refresh(self, step: rounds.Refresh) -> None:
+    def _tile_refresh(self, step: Refresh) -> None:
         """For `fastkv.rounds`: redis-py looks at the cluster again."""
-        time.sleep(step.pause)
         manager = self.nodes_manager
         for name in step.lost:
             if hasattr(manager, "move_node_to_end_of_cached_nodes"):

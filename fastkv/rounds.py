@@ -16,7 +16,8 @@ import threading
 import time
 import weakref
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from redis.cluster import AbstractRedisCluster
@@ -35,8 +36,7 @@ from fastkv import commands
 from fastkv._core import Batch, Code, run_all
 from fastkv.errors import error_of_code, error_of_reply
 from fastkv.node import Node, TileFuture, drained
-
-Address: TypeAlias = "tuple[str, int]"
+from fastkv.refresher import Address, Refresh, Refresher
 
 # redis-py's numbers: redirections of one command, seconds between the later ones, and
 # seconds before it asks again what the cluster looks like when a slot has no server.
@@ -76,27 +76,6 @@ class Send:
     seconds: float
 
 
-@dataclass
-class Refresh:
-    """To do: wait, then bring redis-py's picture of the cluster up to date.
-
-    Attributes:
-        pause: Seconds to wait before.
-        seconds: That are left for both; 0: no limit.
-        moved: One error a slot.
-        asked: Nodes that must be known.
-        lost: Names of nodes that could not be reached.
-        down: Slots had no server.
-    """
-
-    pause: float = 0.0
-    seconds: float = 0.0
-    moved: dict[int, MovedError] = field(default_factory=dict)
-    asked: set[Address] = field(default_factory=set)
-    lost: set[str] = field(default_factory=set)
-    down: bool = False
-
-
 class Cluster(Protocol):
     """What the rounds need of a cluster client."""
 
@@ -116,6 +95,8 @@ class Cluster(Protocol):
 
 
 class SyncCluster(Cluster, Protocol):
+    _tile_refresher: Refresher
+
     def _tile_refresh(self, step: Refresh) -> None: ...
 
 
@@ -271,7 +252,7 @@ def run(cluster: SyncCluster, batch: Batch, timeout: float | None) -> list[bool]
     try:
         for step in steps:
             if isinstance(step, Refresh):
-                cluster._tile_refresh(step)
+                cluster._tile_refresher.do(step, cluster._tile_refresh).result()
                 continue
             queues = [part.node.take_queue() for part in step.parts]
             with_queues = list(zip(step.parts, queues, strict=True))
@@ -297,8 +278,8 @@ def _finish(batch: Batch, seconds: float) -> list[bool]:
 class ClusterFuture(TileFuture):
     """The future of a call over several nodes.
 
-    The last node that has done its part goes on with the rounds, on its own thread. A
-    refresh, which waits and does I/O, gets a thread for itself.
+    The last node that has done its part goes on with the rounds, on its own thread; the
+    refresher does, after a refresh.
     """
 
     def __init__(
@@ -320,9 +301,14 @@ class ClusterFuture(TileFuture):
             self._send(step)
         elif step is not None:
             _refreshing.add(self)
-            threading.Thread(
-                target=self._refresh, args=(step,), name="fastkv-refresh", daemon=True
-            ).start()
+            try:
+                asked = self._cluster._tile_refresher.do(
+                    step, self._cluster._tile_refresh
+                )
+            except RuntimeError as error:  # no more threads
+                asked = Future()
+                asked.set_exception(error)
+            asked.add_done_callback(self._refreshed)
         else:
             self._steps.close()  # lets go of the memory
             super()._drained()
@@ -353,11 +339,9 @@ class ClusterFuture(TileFuture):
             self._take_back()  # what cancel() came too early for
         self._drained()
 
-    def _refresh(self, step: Refresh) -> None:
-        try:
-            self._cluster._tile_refresh(step)
-        except BaseException as error:
-            self._failure = error
+    def _refreshed(self, asked: Future[None]) -> None:
+        self._failure = asked.exception()
+        if self._failure is not None:
             self._steps.close()
         _refreshing.discard(self)
         self._go_on()

@@ -15,8 +15,9 @@ from fastkv._core import Batch, Command, SlotMap
 from fastkv.connector import Pool
 from fastkv.node import Node
 from fastkv.options import TileOptions
+from fastkv.refresher import Address
 from fastkv.registry import drop_node, leave_node, node_of
-from fastkv.rounds import Address, Part
+from fastkv.rounds import Part
 
 _NOBODY = 0xFFFF
 

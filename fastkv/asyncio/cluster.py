@@ -19,6 +19,7 @@ from fastkv._core import Batch
 from fastkv.asyncio.tiles import Tiles
 from fastkv.connector import NOT_FOR_LANES, Pool
 from fastkv.options import options_of_url, signed_as, take_options
+from fastkv.refresher import Refresh
 from fastkv.topology import Routing
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class RedisCluster(Tiles, Routing, redis.asyncio.RedisCluster):  # type: ignore[
             cluster_node.__class__ = self._tile_node_class
         return pool
 
-    async def _tile_refresh(self, step: rounds.Refresh) -> None:
+    async def _tile_refresh(self, step: Refresh) -> None:
         """For `fastkv.rounds`: redis-py looks at the cluster again."""
         await asyncio.sleep(step.pause)
         manager = self.nodes_manager

@@ -23,6 +23,7 @@ from fastkv.client import Redis
 from fastkv.cluster import RedisCluster
 from fastkv.connector import make_connection
 from fastkv.node import Node, TileFuture
+from fastkv.refresher import Refresh
 
 Attempt: TypeAlias = "Future[RedisCluster]"
 
@@ -244,8 +245,9 @@ class _OnLoop:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
-    async def _tile_refresh(self, step: rounds.Refresh) -> None:
-        await asyncio.to_thread(self._client._tile_refresh, step)
+    async def _tile_refresh(self, step: Refresh) -> None:
+        done = self._client._tile_refresher.do(step, self._client._tile_refresh)
+        await asyncio.wrap_future(done)
 
 
 def _raise_closed() -> list[bool]:

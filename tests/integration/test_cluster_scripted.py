@@ -7,10 +7,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     ClusterDownError,
@@ -32,6 +34,7 @@ class ScriptedNode(ScriptedPeer):
     """A node that follows a script, and says by itself that all slots are its own."""
 
     refreshes = 0
+    silent = False  # about the slots
     script_over = b""  # what is said to all that comes after the script
 
     def answer(self, connection: socket.socket, command: list[bytes]) -> bool:
@@ -46,6 +49,8 @@ class ScriptedNode(ScriptedPeer):
                 return True
             return super().answer(connection, command)
         self.refreshes += 1
+        if self.silent:
+            return True
         connection.sendall(
             b"*1\r\n*3\r\n:0\r\n:16383\r\n*3\r\n$9\r\n127.0.0.1\r\n:%d\r\n$1\r\nx\r\n"
             % self.port
@@ -185,6 +190,60 @@ def test_the_time_out_is_for_all_rounds(make_client: Any, node: ScriptedNode) ->
     with pytest.raises(TimeoutError, match=r"1 keys .* within 0\.4 s"):
         client.batch_tile_exists(["a"], timeout=0.4)
     assert step.seen.wait(5)
+
+
+@pytest.mark.parametrize("how", ["run", "submit", "await"])
+def test_the_time_out_holds_while_nobody_says_what_the_cluster_looks_like(
+    make_client: Any, node: ScriptedNode, how: str
+) -> None:
+    began = 0.0
+
+    async def wait() -> None:
+        nonlocal began
+        async with fastkv.asyncio.RedisCluster(
+            host="127.0.0.1",
+            port=node.port,
+            protocol=2,
+            retry=AsyncRetry(NoBackoff(), 9),
+        ) as client:
+            await client.batch_tile_exists(["a"])
+            node.silent = True
+            began = time.monotonic()
+            await client.batch_tile_exists(["a"], timeout=0.5)
+
+    node.expect("EXISTS", "a").reply(b":1\r\n")
+    node.expect("EXISTS", "a").reply(b"-CLUSTERDOWN Hash slot not served\r\n")
+    with pytest.raises(TimeoutError, match=r"1 keys .* within 0\.5 s"):
+        if how == "await":
+            asyncio.run(wait())
+        client = make_client(9)
+        client.batch_tile_exists(["a"])
+        node.silent = True
+        began = time.monotonic()
+        if how == "run":
+            client.batch_tile_exists(["a"], timeout=0.5)
+        client.submit_batch_tile_exists(["a"], timeout=0.5).result()
+    assert time.monotonic() - began < 2
+
+
+def test_many_that_wait_look_at_the_cluster_together(
+    make_client: Any, node: ScriptedNode
+) -> None:
+    client = make_client(1000)
+    node.script_over = b"-CLUSTERDOWN Hash slot not served\r\n"
+    looked = node.refreshes
+    futures = [
+        client.submit_batch_tile_exists([f"k{i}"], timeout=1.0) for i in range(300)
+    ]
+    most = 0
+    while not futures[-1].done():
+        names = [thread.name for thread in threading.enumerate()]
+        most = max(most, names.count("fastkv-refresh"))
+        time.sleep(0.01)
+    for future in futures:
+        assert isinstance(future.exception(5), TimeoutError)
+    assert most <= 2
+    assert node.refreshes - looked < 30
 
 
 def test_a_wrong_answer_is_not_repeated(make_client: Any, node: ScriptedNode) -> None:

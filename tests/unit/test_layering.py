@@ -45,19 +45,25 @@ PYTHON = {
     "options": set(),
     "node": {"_core", "commands", "connector", "errors", "options"},
     "registry": {"connector", "node", "options"},
-    "rounds": {"_core", "commands", "errors", "node"},
-    "topology": {"_core", "connector", "node", "options", "registry", "rounds"},
+    "refresher": set(),
+    "rounds": {"_core", "commands", "errors", "node", "refresher"},
+    "topology": {
+        *("_core", "connector", "node", "options", "refresher", "registry", "rounds"),
+    },
     "tiles": {"_core", "buffers", "commands", "node"},
     "client": {"_core", "node", "options", "registry", "tiles"},
-    "cluster": {"_core", "connector", "node", "options", "rounds", "tiles", "topology"},
+    "cluster": {
+        *("_core", "connector", "node", "options", "refresher", "rounds", "tiles"),
+        "topology",
+    },
     "sentinel": {"client", "options"},
     "asyncio": {
         *("_core", "buffers", "commands", "connector", "node", "options", "registry"),
-        *("rounds", "topology"),
+        *("refresher", "rounds", "topology"),
     },
     "lmcache": {
         *("_core", "client", "cluster", "commands", "connector", "errors", "node"),
-        "rounds",
+        *("refresher", "rounds"),
     },
     # The command line stands on top and uses the package as its users do, too.
     "cli": {"", "_version", "_core", "options"},
