@@ -242,7 +242,7 @@ def test_many_that_wait_look_at_the_cluster_together(
         time.sleep(0.01)
     for future in futures:
         assert isinstance(future.exception(5), TimeoutError)
-    assert most <= 2
+    assert most <= 4  # two, and those that end
     assert node.refreshes - looked < 30
 
 
