@@ -163,6 +163,14 @@ class ClusterServers:
 
         wait_until(lambda: all(ok(m) and linked(m) for m in self.members))
 
+    def wait_for_replicas(self) -> None:
+        """Until all know that the replicas have something. (Before, CLUSTER SLOTS does
+        not name them.)
+        """
+        wait_until(
+            lambda: all(len(r) > 3 for m in self.members for r in m.call("SLOTS"))
+        )
+
     def owner(self, key: str) -> Member:
         """Of the slots as they were in the beginning."""
         slot = key_slot(key.encode())

@@ -283,6 +283,7 @@ def test_reads_go_to_replicas(make_client: Any, cluster: ClusterServers) -> None
     assert all(writer.batch_tile_set(KEYS[:60], stored))
     for member in cluster.primaries:
         member.admin.wait(1, 5000)
+    cluster.wait_for_replicas()
 
     def reads(members: Any) -> int:
         return sum(m.calls(c) for m in members for c in ("get", "getrange", "exists"))
