@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 _EXTRA = ("numpy", "rich", "typer")
 
+_EXAMPLES = {
+    "demo": (
+        "fastkv demo",
+        "fastkv demo --url redis://host:6379 --tokens 8192",
+    ),
+}
+
 
 def main() -> None:
     """Run the command line; the entry point of the `fastkv` script."""
@@ -27,12 +34,13 @@ def main() -> None:
     if missing:
         sys.exit(f"fastkv needs {', '.join(missing)}: pip install 'fastkv[cli]'")
     try:
-        _app()()
+        make_app()()
     except KeyboardInterrupt:  # while modules load; later the commands see to it
         sys.exit(130)
 
 
-def _app() -> typer.Typer:
+def make_app() -> typer.Typer:
+    """All commands."""
     import typer
 
     from fastkv.cli.demo import demo
@@ -61,5 +69,7 @@ def _app() -> typer.Typer:
     ) -> None:
         """The Redis client for LLM KV caches."""
 
-    app.command()(demo)
+    for command in (demo,):
+        examples = "\n\n".join(_EXAMPLES[command.__name__])
+        app.command(epilog=f"Examples:\n\n{examples}")(command)
     return app
