@@ -22,6 +22,12 @@ _EXAMPLES = {
         "fastkv demo",
         "fastkv demo --url redis://host:6379 --tokens 8192",
     ),
+    "bench": (
+        "fastkv bench redis://localhost",
+        "fastkv bench unix:///run/redis.sock --workers 1,2 --baseline redis-py",
+        "fastkv bench rediss://:password@host --sizes 1M,8M --connections 8,16,32",
+        "fastkv bench redis://node:7000 --plot curve.png --json > report.json",
+    ),
 }
 
 
@@ -43,6 +49,7 @@ def make_app() -> typer.Typer:
     """All commands."""
     import typer
 
+    from fastkv.cli.bench import bench
     from fastkv.cli.demo import demo
 
     app = typer.Typer(
@@ -69,7 +76,7 @@ def make_app() -> typer.Typer:
     ) -> None:
         """The Redis client for LLM KV caches."""
 
-    for command in (demo,):
+    for command in (demo, bench):
         examples = "\n\n".join(_EXAMPLES[command.__name__])
         app.command(epilog=f"Examples:\n\n{examples}")(command)
     return app
