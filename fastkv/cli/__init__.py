@@ -28,6 +28,11 @@ _EXAMPLES = {
         "fastkv bench rediss://:password@host --sizes 1M,8M --connections 8,16,32",
         "fastkv bench redis://node:7000 --plot curve.png --json > report.json",
     ),
+    "tune": (
+        "fastkv tune redis://localhost --model llama-3.1-8b",
+        "fastkv tune redis://host --model deepseek-v3 --chunk-tokens 64,256",
+        "fastkv tune redis://host --bytes-per-token 40K --chunk-tokens 256 --json",
+    ),
 }
 
 
@@ -51,6 +56,7 @@ def make_app() -> typer.Typer:
 
     from fastkv.cli.bench import bench
     from fastkv.cli.demo import demo
+    from fastkv.cli.tune import tune
 
     app = typer.Typer(
         add_completion=False,
@@ -76,7 +82,7 @@ def make_app() -> typer.Typer:
     ) -> None:
         """The Redis client for LLM KV caches."""
 
-    for command in (demo, bench):
+    for command in (demo, bench, tune):
         examples = "\n\n".join(_EXAMPLES[command.__name__])
         app.command(epilog=f"Examples:\n\n{examples}")(command)
     return app
