@@ -33,6 +33,11 @@ _EXAMPLES = {
         "fastkv tune redis://host --model deepseek-v3 --chunk-tokens 64,256",
         "fastkv tune redis://host --bytes-per-token 40K --chunk-tokens 256 --json",
     ),
+    "doctor": (
+        "fastkv doctor redis://localhost",
+        "fastkv doctor rediss://:password@host --seconds 0",
+        "fastkv doctor redis://node:7000 --json || alert",
+    ),
 }
 
 
@@ -56,6 +61,7 @@ def make_app() -> typer.Typer:
 
     from fastkv.cli.bench import bench
     from fastkv.cli.demo import demo
+    from fastkv.cli.doctor import doctor
     from fastkv.cli.tune import tune
 
     app = typer.Typer(
@@ -82,7 +88,7 @@ def make_app() -> typer.Typer:
     ) -> None:
         """The Redis client for LLM KV caches."""
 
-    for command in (demo, bench, tune):
+    for command in (demo, bench, tune, doctor):
         examples = "\n\n".join(_EXAMPLES[command.__name__])
         app.command(epilog=f"Examples:\n\n{examples}")(command)
     return app
