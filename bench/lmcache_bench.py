@@ -27,8 +27,8 @@ from rich.progress import track
 
 from bench import lmcache_engine
 from bench.run import machine
-from bench.tables import size_label, spread
 from fastkv.cli.private_server import PrivateServer, find_servers
+from fastkv.cli.terminal import size_label, spread
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

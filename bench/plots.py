@@ -8,13 +8,14 @@ from typing import Any
 
 import matplotlib as mpl
 
-from bench.tables import CEILING, peer_rows, percentiles, size_label
+from bench.tables import CEILING, peer_rows
+from fastkv.cli.plot import floor_line, size_axis
+from fastkv.cli.terminal import percentiles, size_label
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 Row = dict[str, Any]
-_FLOOR = 2.0  # GB/s below which loading a KV cache does not outrun computing it
 _COLORS = {
     CEILING: "black",
     "fastkv, immutable": "tab:red",
@@ -97,15 +98,7 @@ def _lines(axis: Any, rows: list[Row], field: str) -> None:
             color=_COLORS.get(name),
             alpha=0.08,
         )
-    axis.set_xscale("log", base=2)
-    sizes = sorted({row["size"] for row in rows})
-    axis.set_xticks(
-        sizes, [size_label(size) for size in sizes], rotation=45, fontsize=8
-    )
-    axis.minorticks_off()
-    axis.set_xlabel("value")
-    axis.grid(alpha=0.3)
-    axis.set_ylim(bottom=0)
+    size_axis(axis, sorted({row["size"] for row in rows}))
 
 
 def _legend(figure: Any, axes: list[Any]) -> None:
@@ -128,11 +121,7 @@ def _throughput(rows: list[Row]) -> Any:
     for axis, ((server, transport), operation) in zip(axes, panels, strict=False):
         here = [r for r in rows if (r["server"], r["transport"]) == (server, transport)]
         _lines(axis, peer_rows(here, operation), "gb_per_second")
-        axis.axhline(_FLOOR, color="gray", linestyle=":", linewidth=1)
-        axis.annotate(
-            "2 GB/s floor", (1, _FLOOR), xycoords=("axes fraction", "data"),
-            ha="right", va="bottom", fontsize=7, color="gray",
-        )  # fmt: skip
+        floor_line(axis)
         axis.set_title(f"{operation.upper()}, {server}, {transport}")
         axis.set_ylabel("GB/s")
     _legend(figure, axes)
@@ -177,7 +166,7 @@ def _connections(rows: list[Row]) -> Any:
                 [max(row["gb_per_second"]) for row in mine],
                 alpha=0.1,
             )
-        axis.axhline(_FLOOR, color="gray", linestyle=":", linewidth=1)
+        floor_line(axis)
         axis.set_title(f"fastkv, immutable GET, {place[0]}, {place[1]}")
         axis.set_xlabel("connections")
         axis.set_ylabel("GB/s")

@@ -33,6 +33,7 @@ from bench import plots, scenarios, tables
 from bench.peers import PEERS, Endpoint
 from bench.throughput import MIB, Throughput
 from fastkv.cli.private_server import PrivateServer, find_servers
+from fastkv.cli.terminal import size_label
 
 KIB = 1024
 SIZES = [s * KIB for s in (64, 256, 1024, 4096, 8192, 16384, 32768, 40960)]
@@ -138,7 +139,7 @@ def plan(
         where = f"{endpoint.server}, {endpoint.transport}"
         for size in sizes:
             yield (
-                f"{where}, {tables.size_label(size)}",
+                f"{where}, {size_label(size)}",
                 partial(throughput, endpoint, size),
             )
     # With TLS only the throughput is measured.

@@ -23,9 +23,9 @@ from bench import scaling_model as model
 from bench.link import LongLink
 from bench.run import compile_program
 from bench.scaling_model import KIB, MIB, Fleet
-from bench.tables import spread
-from bench.throughput import cpu_seconds
 from fastkv.cli.private_server import PrivateServer, find_servers
+from fastkv.cli.terminal import spread
+from fastkv.cli.workload import cpu_seconds
 
 _NODES = 4
 _MB = 1e6

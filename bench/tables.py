@@ -6,20 +6,10 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from fastkv.cli.terminal import percentiles, size_label, spread
+
 Row = dict[str, Any]
 CEILING = "ceiling"
-
-
-def size_label(size: int) -> str:
-    if size % (1 << 20) == 0:
-        return f"{size >> 20} MiB"
-    return f"{size / 1024:g} KiB"
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """Median, and least to most."""
-    median = statistics.median(values)
-    return f"{median:.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def ceiling_of(rows: Iterable[Row], like: Row) -> Row | None:
@@ -99,12 +89,6 @@ def summaries(rows: list[Row]) -> Iterable[str]:
             )
         elif operation.startswith("memory"):
             yield f"  {operation} {row['peer']:10} {row['grown_bytes'] / 2**20:.1f} MiB"
-
-
-def percentiles(values: list[float], parts: Iterable[float]) -> list[float]:
-    ordered = sorted(values)
-    last = len(ordered) - 1
-    return [ordered[min(last, round(part / 100 * last))] for part in parts]
 
 
 def markdown(report: Row) -> str:

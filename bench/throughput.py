@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from bench.peers import (
     Peer,
     redis_benchmark,
 )
+from fastkv.cli.workload import cpu_seconds
 
 MIB = 1 << 20
 CEILING = "ceiling"
@@ -42,11 +42,6 @@ class Sample:
 
 
 Row = dict[str, Any]
-
-
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 class Throughput:

@@ -9,12 +9,9 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import signal
-import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, cast
-from urllib.parse import urlsplit
+from typing import Annotated
 
 import numpy as np
 import redis
@@ -26,24 +23,20 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 import fastkv
+from fastkv.cli.clients import TOKEN_BYTES, Chunks
 from fastkv.cli.comparison import (
     BATCH_TOKENS,
     LOOKUP_KEYS,
     LOOKUP_ROUNDS,
-    TOKEN_BYTES,
-    TRANSPORTS,
-    Chunks,
     Comparison,
-    Failure,
-    FastkvClient,
     Samples,
-    plain_client,
 )
 from fastkv.cli.private_server import PrivateServer, find_servers
-from fastkv.options import options_of_url
+from fastkv.cli.target import Target
+from fastkv.cli.terminal import FLOOR, Failure, make_console, one_line_errors
+from fastkv.cli.workload import random_bytes
 
 _CHUNK_TOKENS = (256, 32)
-_FLOOR = 2.0  # GB/s
 _NEAR = 1.5  # times redis-py
 
 
@@ -61,26 +54,13 @@ def demo(
     """Store, look up and retrieve a prompt's KV cache, beside redis-py."""
     if tokens % 256:
         raise typer.BadParameter("expected a multiple of 256", param_hint="--tokens")
-    # By default these end the process at once, and server and keys would stay.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        with contextlib.ExitStack() as stack:
-            if url is None:
-                server = stack.enter_context(_private_server())
-                urls = [
-                    f"redis://127.0.0.1:{server.port}",
-                    f"unix://{server.unix_path}",
-                ]
-            else:
-                urls = [_checked(url)]
-            _compare(urls, tokens, rounds)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except (Failure, redis.exceptions.RedisError) as error:
-        said = Console(stderr=True, highlight=False)
-        said.print(str(error), style="bold red", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+    with one_line_errors(), contextlib.ExitStack() as stack:
+        if url is None:
+            server = stack.enter_context(_private_server())
+            urls = [f"redis://127.0.0.1:{server.port}", f"unix://{server.unix_path}"]
+        else:
+            urls = [url]
+        _compare([Target.of(url) for url in urls], tokens, rounds)
 
 
 def _private_server() -> PrivateServer:
@@ -93,29 +73,11 @@ def _private_server() -> PrivateServer:
     return PrivateServer(found[0])
 
 
-def _checked(url: str) -> str:
-    try:
-        if urlsplit(url).scheme in TRANSPORTS:
-            FastkvClient(url)
-            with plain_client(url) as plain:
-                plain.ping()
-            return url
-    except (TypeError, ValueError):
-        pass  # their text may hold a piece of a password
-    raise Failure(
-        "--url: expected redis://[[user]:password@]host[:port][/database] or "
-        "unix://[[user]:password@]/path, with tile_* options as in the README"
-    )
-
-
-def _compare(urls: Sequence[str], tokens: int, rounds: int) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal and console.width < 100:
-        console = Console(highlight=False, width=100)
-    _print_environment(console, urls[0])
+def _compare(targets: Sequence[Target], tokens: int, rounds: int) -> None:
+    console = make_console()
+    _print_environment(console, targets[0])
     size = tokens * TOKEN_BYTES
-    random = np.random.default_rng()
-    prompt = random.integers(0, 2**64, size // 8, np.uint64).view(np.uint8)
+    prompt = random_bytes(size)
     memory = np.empty_like(prompt)
     progress = Progress(
         *Progress.get_default_columns(),
@@ -126,11 +88,11 @@ def _compare(urls: Sequence[str], tokens: int, rounds: int) -> None:
     )
     comparisons = []
     with progress:
-        task = progress.add_task("", total=len(urls) * len(_CHUNK_TOKENS))
-        for url in urls:
+        task = progress.add_task("", total=len(targets) * len(_CHUNK_TOKENS))
+        for target in targets:
             for chunk_tokens in _CHUNK_TOKENS:
                 done = partial(progress.advance, task)
-                comparison = Comparison(url, chunk_tokens, prompt, memory, done)
+                comparison = Comparison(target, chunk_tokens, prompt, memory, done)
                 progress.update(task, description=comparison.label)
                 comparison.measure(rounds)
                 comparisons.append(comparison)
@@ -145,28 +107,21 @@ def _compare(urls: Sequence[str], tokens: int, rounds: int) -> None:
         f"of {LOOKUP_KEYS:,} keys, half of them there. Bytes and answers were right."
     )
     console.print(
-        f"\nLoading must outrun prefill; below {_FLOOR:g} GB/s there is no point:"
+        f"\nLoading must outrun prefill; below {FLOOR:g} GB/s there is no point:"
     )
     for comparison in comparisons:
         console.print(f"  {_verdict(comparison)}")
 
 
-def _print_environment(console: Console, url: str) -> None:
-    with plain_client(url) as plain:
-        info = cast("dict[str, object]", plain.info("server"))
-        most = plain.connection_pool.max_connections
-    server = f"Redis {info.get('redis_version')}"
-    if "valkey_version" in info:
-        server = f"Valkey {info['valkey_version']}"
+def _print_environment(console: Console, target: Target) -> None:
     hiredis = "no hiredis"
     if HIREDIS_AVAILABLE:
         hiredis = f"hiredis {importlib.metadata.version('hiredis')}"
-    _, options, _ = options_of_url(url, {})
-    workers, connections, *_ = options.filled(most)
+    workers, connections, *_ = target.options.filled(target.max_connections)
     tensor = type(Chunks.cut(np.empty(TOKEN_BYTES, np.uint8), 1).tensor)
     cores = len(os.sched_getaffinity(0))
     console.print(
-        f"{server}; {cores} cores; Python {platform.python_version()}\n"
+        f"{target.server}; {cores} cores; Python {platform.python_version()}\n"
         f"fastkv {fastkv.__version__}: native workers: {workers}, connections: "
         f"{connections}; {tensor.__module__}.{tensor.__name__}\n"
         f"redis-py {redis.__version__} with {hiredis}"
@@ -206,12 +161,12 @@ def _cells(samples: Samples) -> Sequence[str]:
 def _verdict(comparison: Comparison) -> str:
     ours, theirs = (samples.figures()[1] for samples in comparison.samples)
     slowest = min(comparison.samples[0].retrieves)
-    line = "[green]met[/]     " if ours >= _FLOOR else "[red]not met[/] "
+    line = "[green]met[/]     " if ours >= FLOOR else "[red]not met[/] "
     line += f"{comparison.label} chunks: {ours:.2f} GB/s"
-    if slowest < _FLOOR <= ours:
+    if slowest < FLOOR <= ours:
         line += f" ({slowest:.2f} in the slowest round)"
     line += f"; redis-py {theirs:.2f}"
-    if theirs >= _FLOOR:
+    if theirs >= FLOOR:
         line += ", which meets it too"
     if ours < _NEAR * theirs:
         line += f"; fastkv gains little here: {ours / theirs:.1f}x"
