@@ -348,7 +348,8 @@ Schedule::Run Schedule::help(std::uint64_t generation, const std::string& server
 }
 
 bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counted, Code why) {
-  const PrioritySet priorities = priority_bit(batch.priority());
+  // Once it is queued, another worker may complete it.
+  const Priority priority = batch.priority();
   std::chrono::duration<double> delay{0};
   {
     std::lock_guard lock(mutex_);
@@ -372,11 +373,11 @@ bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counte
       enqueue_locked(batch, 1);
     }
   }
-  came_back(batch, 1);
+  came_back(priority, 1);
   if (delay.count() > 0) {
     inbox(0).wake();  // it must look at its clock again
   } else {
-    wake_sleepers(priorities, 0, inboxes_.size());
+    wake_sleepers(priority_bit(priority), 0, inboxes_.size());
   }
   return true;
 }
@@ -398,12 +399,12 @@ void Schedule::doubt(Batch& batch) {
 }
 
 void Schedule::finish(Batch& batch, std::size_t operations) {
-  came_back(batch, operations);
+  came_back(batch.priority(), operations);
   count_down(batch, operations);
 }
 
-void Schedule::came_back(const Batch& batch, std::size_t operations) noexcept {
-  if (batch.priority() != Priority::store) return;
+void Schedule::came_back(Priority priority, std::size_t operations) noexcept {
+  if (priority != Priority::store) return;
   if (stores_out_.fetch_sub(operations) > operations) return;
   // Whoever was refused one may sleep, and be the only one with room.
   if (has_work(priority_bit(Priority::store))) {

@@ -171,7 +171,7 @@ class Schedule {
   using Batches = std::vector<std::shared_ptr<Batch>>;
 
   void count_down(Batch& batch, std::size_t operations);
-  void came_back(const Batch& batch, std::size_t operations) noexcept;
+  void came_back(Priority priority, std::size_t operations) noexcept;
   void drop_offers_locked(const Batch* of);
   void enqueue_locked(Batch& batch, std::size_t operations);
   void abandon_batches(const Batches& batches, const Status& why);
