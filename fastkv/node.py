@@ -19,8 +19,8 @@ from typing import Any
 
 from redis.exceptions import ConnectionError
 
-from fastkv import commands
-from fastkv._core import Batch, Code, Command, CompletionQueue, Engine, RetryPolicy
+from fastkv import commands, telemetry
+from fastkv._core import Batch, Code, CompletionQueue, Engine, RetryPolicy
 from fastkv.connector import (
     Connector,
     Pool,
@@ -31,12 +31,6 @@ from fastkv.connector import (
 )
 from fastkv.errors import error_of_code
 from fastkv.options import TileOptions
-
-try:
-    from redis.observability.providers import get_observability_instance
-    from redis.observability.recorder import record_operation_duration
-except ImportError:  # redis-py before 7.2
-    get_observability_instance = None  # type: ignore[assignment]
 
 # Requests that a connection may have in flight: enough to hide a round trip of lookups.
 _WINDOW_REQUESTS = 1024
@@ -389,24 +383,7 @@ class Node:
         return result
 
     def _record(self, batch: Batch, began: float, error: Exception | None) -> None:
-        """Tell redis-py's OpenTelemetry hooks, if they are switched on."""
-        if (
-            get_observability_instance is None
-            or get_observability_instance().get_provider_manager() is None
-        ):
-            return
-        pool = self.pool()
-        if pool is None:
-            return
-        kwargs = pool.connection_kwargs
-        record_operation_duration(
-            command_name=Command(batch.command).name,
-            duration_seconds=time.monotonic() - began,
-            server_address=kwargs.get("host") or kwargs.get("path"),
-            server_port=kwargs.get("port"),
-            db_namespace=str(kwargs.get("db", 0)),
-            error=error,
-        )
+        telemetry.record(batch.command, self.pool, began, error)
 
     def queue_of(self, loop: asyncio.AbstractEventLoop) -> CompletionQueue:
         for known in self._loops:
