@@ -20,6 +20,7 @@ from redis.exceptions import RedisClusterException, TimeoutError
 import fastkv
 import fastkv.asyncio
 from fastkv.cli.private_server import ServerBinary
+from fastkv.metrics import TileCollector
 from tests.clusters import ClusterServers
 from tests.conftest import eventually, fastkv_threads
 
@@ -154,6 +155,7 @@ def test_calls_are_counted_in_total_and_by_node(
     keys = [*KEYS[:100], "no"]
     client.batch_tile_get(keys, [bytearray(100) for _ in keys])
     check_counts(client.tile_info(), cluster)
+    check_scrape(client, cluster)
 
     async def work() -> None:
         async with fastkv.asyncio.RedisCluster(
@@ -164,6 +166,19 @@ def test_calls_are_counted_in_total_and_by_node(
             check_counts(client.tile_info(), cluster)
 
     asyncio.run(work())
+
+
+def check_scrape(client: fastkv.RedisCluster, cluster: ClusterServers) -> None:
+    (written,) = [
+        family
+        for family in TileCollector(cache=client).collect()
+        if family.name == "fastkv_written_bytes"
+    ]
+    assert {sample.labels["client"] for sample in written.samples} == {"cache"}
+    assert {sample.labels["node"]: sample.value for sample in written.samples} == {
+        f"127.0.0.1:{member.port}": 100 * sum(cluster.owner(k) is member for k in KEYS)
+        for member in cluster.primaries
+    }
 
 
 def check_counts(info: Any, cluster: ClusterServers) -> None:
