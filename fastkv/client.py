@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import redis
 
 from fastkv._core import Batch
+from fastkv.info import TileInfo
 from fastkv.node import Node, TileFuture
 from fastkv.options import TileOptions, options_of_url, signed_as
-from fastkv.registry import drop_node, leave_node, node_of
+from fastkv.registry import drop_node, info_of_pool, leave_node, node_of
 from fastkv.tiles import Tiles
 
 if TYPE_CHECKING:
@@ -79,6 +80,38 @@ class Redis(Tiles, redis.Redis):
         assert isinstance(client, type(self))
         client._tile_options = self._tile_options
         return client
+
+    def tile_info(self) -> TileInfo:
+        """Say what the ``batch_tile_*`` calls came to since the pool was made.
+
+        Clients of one pool share their connections, and these numbers. Counters only
+        grow, whatever is closed or reconnected; a forked child counts from zero. Needs
+        no connection and waits for nothing: any thread, any event loop, any time.
+
+        Returns:
+            A plain dict:
+
+            ``address``: of the server.
+
+            ``bytes_read``, ``bytes_written``: of values in full, as they were loaded
+            and stored.
+
+            ``retries``: keys that were sent again, or wait for it, because their
+            connection was lost. ``reconnects``: connections made in place of earlier
+            ones. ``socket_timeouts``: connections given up because no byte moved for
+            ``socket_timeout``.
+
+            ``connections``: open now. ``queued``: keys that no connection has taken
+            yet: ``lookups``, ``loads``, ``stores`` (with deletes).
+
+            ``commands``: for ``get``, ``set``, ``exists`` and ``delete``
+            ``batches`` by result: ``ok`` (the server has answered for each key),
+            ``timed_out``, ``cancelled`` or ``failed``; ``keys`` by outcome, such as
+            ``hit`` and ``miss``; and ``seconds`` from submission to completion: their
+            ``count`` and ``sum``, and ``buckets`` with the number of batches that took
+            up to so many seconds.
+        """
+        return info_of_pool(self.connection_pool)
 
     def close(self) -> None:
         """As redis-py's. Ends the native connections if no other client of the pool

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import select
 import socket
 import threading
@@ -33,10 +34,11 @@ from redis.exceptions import (
 )
 from redis.retry import AbstractRetry, Retry
 
-from fastkv._core import Engine, RetryPolicy, TlsStream
+from fastkv._core import Engine, Notice, RetryPolicy, TlsStream
 from fastkv._version import __version__
 from fastkv.awaited import AwaitedCredentials, AwaitedSentinel, FindLoop
 from fastkv.errors import UnsupportedConnection, error_of_reply
+from fastkv.log import Limited, connections
 from fastkv.tls import TlsSocket, check_tls, native_tls_class
 
 SyncPool: TypeAlias = redis.connection.ConnectionPool
@@ -78,6 +80,23 @@ _MOST_DELAYS = 64
 
 # A connection that fails while others work is asked for again at this pace at most.
 _LEAST_DELAY = 0.05
+
+
+# What the engine tells of, for the log.
+_NOTICES = {
+    Notice.CONNECTION_LOST: (logging.WARNING, "lost a connection with work on it"),
+    Notice.IDLE_CONNECTION_LOST: (logging.INFO, "lost an idle connection"),
+    Notice.RANGES_REFUSED: (
+        *(logging.WARNING, "range reads are refused, values are read whole"),
+    ),
+}
+
+
+def address_of(pool: Pool) -> str:
+    """Host and port, a unix socket's path, or the name of a service of Sentinel's."""
+    kwargs = pool.connection_kwargs
+    name = getattr(pool, "service_name", None) or kwargs.get("path")
+    return name or f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}"
 
 
 def check_supported(pool: Pool) -> None:
@@ -244,6 +263,13 @@ def _name_fastkv(kwargs: dict[str, Any]) -> None:
         )
 
 
+def _without_secrets(error: Exception) -> str:
+    """For a log: some servers repeat the password in their answer to AUTH."""
+    if type(error) in (ConnectionError, TimeoutError):  # the system's, by redis-py
+        return f"{type(error).__name__}: {error}"
+    return type(error).__name__
+
+
 class _Attempt:
     """A connection that the engine asked for."""
 
@@ -272,6 +298,9 @@ class Connector:
         self._pool = weakref.ref(pool)
         self._find_loop = find_loop
         self._check_used = check_used
+        self._address = address_of(pool)
+        self._log = Limited(connections)
+        self._failing = False  # the last attempt to connect has failed
         self._closing = False
         self._connecting: Any = None  # the Connection at work, for close()
         self._thread = threading.Thread(
@@ -309,6 +338,9 @@ class Connector:
             now = time.monotonic()
             for lane in self._engine.take_connect_requests():
                 attempts.append(_Attempt(lane, now))
+            for notice, text in self._engine.take_notices():
+                level, kind = _NOTICES[notice]
+                self._log.say(level, kind, f"{self._address}: {text}")
             self._check_used()  # may close us
             if self._closing:
                 return
@@ -357,6 +389,12 @@ class Connector:
                 connection.disconnect()
             if self._closing:
                 return []
+            self._failing = True
+            self._log.say(
+                logging.WARNING,
+                "cannot connect",
+                f"{self._address}: {_without_secrets(error)}",
+            )
             attempt.failures += 1
             delay = float(retry._backoff.compute(attempt.failures))
             retries = retry._retries
@@ -368,6 +406,9 @@ class Connector:
             return self._give_up(attempts, newest, error, delay)
         finally:
             self._connecting = None
+        if self._failing:
+            self._failing = False
+            self._log.say(logging.INFO, "connected again", self._address)
         stall_timeout = float(connection.socket_timeout or 0)
         health_interval = float(connection.health_check_interval or 0)
         if isinstance(taken, TlsStream):

@@ -8,7 +8,6 @@ class.
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 import weakref
@@ -19,8 +18,15 @@ from typing import Any
 
 from redis.exceptions import ConnectionError
 
-from fastkv import commands
-from fastkv._core import Batch, Code, Command, CompletionQueue, Engine, RetryPolicy
+from fastkv import commands, telemetry
+from fastkv._core import (
+    Batch,
+    Code,
+    CompletionQueue,
+    Engine,
+    RetryPolicy,
+    Stats,
+)
 from fastkv.connector import (
     Connector,
     Pool,
@@ -30,21 +36,14 @@ from fastkv.connector import (
     retry_of,
 )
 from fastkv.errors import error_of_code
+from fastkv.log import logger
 from fastkv.options import TileOptions
-
-try:
-    from redis.observability.providers import get_observability_instance
-    from redis.observability.recorder import record_operation_duration
-except ImportError:  # redis-py before 7.2
-    get_observability_instance = None  # type: ignore[assignment]
 
 # Requests that a connection may have in flight: enough to hide a round trip of lookups.
 _WINDOW_REQUESTS = 1024
 # Seconds that close() waits for a connector in the middle of a connect, and for a
 # callback.
 _PATIENCE = 0.4
-
-_logger = logging.getLogger("fastkv")
 
 
 def _nothing() -> Any:
@@ -98,13 +97,18 @@ class Node:
     """See the module. Thread-safe."""
 
     def __init__(
-        self, pool: Pool, options: TileOptions, unused: Callable[[Node], None]
+        self,
+        pool: Pool,
+        options: TileOptions,
+        stats: Stats,
+        unused: Callable[[Node], None],
     ) -> None:
         """Start.
 
         Args:
             pool: Where redis-py's connections come from; not kept alive.
             options: For the engine.
+            stats: Where it counts.
             unused: Called on a thread of the node's when it has no users any more and
                 `wake_connector` was called.
         """
@@ -119,8 +123,9 @@ class Node:
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # clients
         self.pool = weakref.ref(pool)
         self._broken = False  # a worker has died
+        self.stats = stats
         self._engine = Engine(
-            workers, connections, window_bytes, _WINDOW_REQUESTS, range_bytes
+            *(workers, connections, window_bytes, _WINDOW_REQUESTS, range_bytes), stats
         )
         # Reentrant: a signal handler may use a client in the middle of anything.
         self._lock = threading.RLock()
@@ -265,6 +270,10 @@ class Node:
         self._record(batch, began, error)
         return error
 
+    def gauges(self) -> tuple[int, tuple[int, int, int]]:
+        """Open connections, and queued keys: lookups, loads, stores."""
+        return self._engine.gauges()
+
     @property
     def idle(self) -> bool:
         """Whether nothing is in flight."""
@@ -389,24 +398,7 @@ class Node:
         return result
 
     def _record(self, batch: Batch, began: float, error: Exception | None) -> None:
-        """Tell redis-py's OpenTelemetry hooks, if they are switched on."""
-        if (
-            get_observability_instance is None
-            or get_observability_instance().get_provider_manager() is None
-        ):
-            return
-        pool = self.pool()
-        if pool is None:
-            return
-        kwargs = pool.connection_kwargs
-        record_operation_duration(
-            command_name=Command(batch.command).name,
-            duration_seconds=time.monotonic() - began,
-            server_address=kwargs.get("host") or kwargs.get("path"),
-            server_port=kwargs.get("port"),
-            db_namespace=str(kwargs.get("db", 0)),
-            error=error,
-        )
+        telemetry.record(batch.command, self.pool, began, error)
 
     def queue_of(self, loop: asyncio.AbstractEventLoop) -> CompletionQueue:
         for known in self._loops:
@@ -525,7 +517,7 @@ class _FutureThread:
             except (
                 BaseException
             ):  # SystemExit in a callback; others must not wait for it
-                _logger.exception("a callback of a future has raised")
+                logger.exception("a callback of a future has raised")
             batch.waiter = None
         self.drained = []
 

@@ -8,22 +8,30 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastkv.connector import Pool
+from fastkv._core import Stats
+from fastkv.connector import Pool, address_of
+from fastkv.info import TileInfo, cluster_info, node_info
+from fastkv.log import logger
 from fastkv.node import Node
 from fastkv.options import TileOptions
 
 _nodes: weakref.WeakKeyDictionary[Pool, Node] = weakref.WeakKeyDictionary()
+# Counts outlive nodes: those of a pool, or of a cluster client, there by node, "" being
+# calls over all of them.
+_stats: weakref.WeakKeyDictionary[Any, dict[str, Stats]] = weakref.WeakKeyDictionary()
 # Reentrant: a signal handler may use a client while this thread holds it. Never taken
 # by a garbage collection, which may run in the middle of anything, in any thread.
 _lock = threading.RLock()
 
 
-def node_of(client: Any, options: TileOptions, pool: Pool | None = None) -> Node:
-    """The node of a client's pool, or of ``pool``, one of a cluster client's; starts it
-    if need be.
+def node_of(
+    client: Any, options: TileOptions, pool: Pool | None = None, name: str = ""
+) -> Node:
+    """The node of a client's pool, or of ``pool``, one of a cluster client's that is
+    called ``name``; starts it if need be.
 
     Raises:
         ValueError: Another client of the pool has started it with other options.
@@ -31,13 +39,14 @@ def node_of(client: Any, options: TileOptions, pool: Pool | None = None) -> Node
     """
     # What share a cluster's node gets depends on who comes first.
     any_options = pool is not None
+    stats = stats_of(client if any_options else client.connection_pool, name)
     pool = pool or client.connection_pool
     broken = None
     with _lock:
         node = _nodes.get(pool)
         if node is None or not node.usable:
             broken = node
-            node = _nodes[pool] = Node(pool, options, _close_unused)
+            node = _nodes[pool] = Node(pool, options, stats, _close_unused)
             _watch(pool, node)
         elif not any_options and options not in (TileOptions(), node.options):
             raise ValueError(
@@ -46,8 +55,42 @@ def node_of(client: Any, options: TileOptions, pool: Pool | None = None) -> Node
             )
         node.users.add(client)
     if broken is not None:
+        logger.error("a native worker has died; its client starts new ones")
         broken.close()
     return node
+
+
+def stats_of(owner: Any, name: str = "") -> Stats:
+    """Where batches are counted: see `_stats`. Starts nothing."""
+    with _lock:
+        return _stats.setdefault(owner, {}).setdefault(name, Stats())
+
+
+def info_of_pool(pool: Pool) -> TileInfo:
+    """See `fastkv.Redis.tile_info`."""
+    with _lock:
+        node = _nodes.get(pool)
+        stats = stats_of(pool) if node is None else node.stats
+    info = _info(stats, node)
+    info["address"] = address_of(pool)
+    return info
+
+
+def info_of_cluster(client: Any, nodes: Mapping[str, Node]) -> TileInfo:
+    """The totals, and what every node came to that the client has ever used; ``nodes``
+    are those that it uses now.
+    """
+    with _lock:
+        calls = stats_of(client)
+        counted = dict(_stats[client])
+    del counted[""]
+    return cluster_info(
+        calls, {name: _info(stats, nodes.get(name)) for name, stats in counted.items()}
+    )
+
+
+def _info(stats: Stats, node: Node | None) -> TileInfo:
+    return node_info(stats) if node is None else node_info(stats, node.gauges())
 
 
 def leave_node(client: Any, node: Node) -> None:
@@ -135,6 +178,7 @@ def _after_fork_in_child() -> None:
     # All, not only those of _before_fork: a fork in C does not call that.
     nodes = list(_nodes.items())
     _nodes.clear()
+    _stats.clear()  # what happened so far is the parent's
     for pool, node in nodes:
         _unwatch(pool)
         node.after_fork_in_child()

@@ -10,6 +10,7 @@ until every key has its answer. The rules for trying again are those of redis-py
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import os
 import threading
@@ -30,10 +31,11 @@ from redis.exceptions import (
     MovedError,
     RedisError,
     SlotNotCoveredError,
+    TimeoutError,
 )
 
-from fastkv import commands
-from fastkv._core import Batch, Code, run_all
+from fastkv import commands, info
+from fastkv._core import Batch, Code, Stats, run_all
 from fastkv.errors import error_of_code, error_of_reply
 from fastkv.node import Node, TileFuture, drained
 from fastkv.refresher import Address, Refresh, Refresher
@@ -90,6 +92,9 @@ class Cluster(Protocol):
     ) -> tuple[list[Part], list[int]]:
         """Parts with all of ``indices``, and those whose slots nobody serves."""
 
+    def _tile_calls(self) -> Stats:
+        """Where whole calls are counted."""
+
     def _tile_remap(self, address: Address) -> Address:
         """Where a node that calls itself so is reached."""
 
@@ -136,12 +141,16 @@ class _Tries:
 
 
 def rounds(cluster: Cluster, batch: Batch, seconds: float) -> Steps:
-    """See the module. ``batch`` has all its answers afterwards.
+    """See the module. ``batch`` has all its answers afterwards, and is counted. Whoever
+    cannot do a step throws the exception in.
 
     Raises:
         redis.exceptions.RedisError: A key's last loss or redirection; out of time.
     """
-    deadline = time.monotonic() + seconds if seconds else None
+    submitted = time.monotonic()
+    deadline = submitted + seconds if seconds else None
+    stats = cluster._tile_calls()
+    result = info.OK
     closes = cluster._tile_closes
     tries = _Tries(cluster.retry)
     pending: Sequence[int] = range(len(batch))
@@ -187,6 +196,7 @@ def rounds(cluster: Cluster, batch: Batch, seconds: float) -> Steps:
                         raise error
                     refresh.lost.add(part.name)
                     pause = tries.lose(unanswered, error)
+                    part.node.stats.add_retries(len(unanswered))
                     refresh.pause = max(refresh.pause, pause)
                 for index, line in redirected:
                     again.append(index)
@@ -201,8 +211,19 @@ def rounds(cluster: Cluster, batch: Batch, seconds: float) -> Steps:
             if deadline is not None:
                 refresh.pause = min(refresh.pause, refresh.seconds)
             yield refresh
+    except TimeoutError:
+        result = info.TIMED_OUT
+        raise
+    except Exception:
+        result = info.FAILED
+        raise
+    except BaseException:  # it was closed, or interrupted
+        result = info.CANCELLED
+        raise
     finally:
         batch.end_parts()
+        if len(batch) > 0:
+            stats.count(batch, result, time.monotonic() - submitted)
 
 
 def _may_repeat(part: Part, error: Exception) -> bool:
@@ -263,8 +284,8 @@ def run(cluster: SyncCluster, batch: Batch, timeout: float | None) -> list[bool]
             for (part, queue), code in zip(with_queues, codes, strict=True):
                 part.refusal = code
                 part.node.give_queue_back(queue)
-    finally:
-        steps.close()
+    except BaseException as error:
+        steps.throw(error)
     return _finish(batch, seconds)
 
 
@@ -342,7 +363,8 @@ class ClusterFuture(TileFuture):
     def _refreshed(self, asked: Future[None]) -> None:
         self._failure = asked.exception()
         if self._failure is not None:
-            self._steps.close()
+            with contextlib.suppress(BaseException):
+                self._steps.throw(self._failure)
         _refreshing.discard(self)
         self._go_on()
 
@@ -419,6 +441,6 @@ async def wait(
                 if not part.refusal:
                     in_flight.append((part.node, part.batch))
             await drained(in_flight)
-    finally:
-        steps.close()
+    except BaseException as error:
+        steps.throw(error)
     return _finish(batch, seconds)

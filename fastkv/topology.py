@@ -11,12 +11,19 @@ from typing import Any
 
 from redis.cluster import LoadBalancingStrategy
 
-from fastkv._core import Batch, Command, SlotMap
+from fastkv._core import Batch, Command, SlotMap, Stats
 from fastkv.connector import Pool
+from fastkv.info import TileInfo
 from fastkv.node import Node
 from fastkv.options import TileOptions
 from fastkv.refresher import Address
-from fastkv.registry import drop_node, leave_node, node_of
+from fastkv.registry import (
+    drop_node,
+    info_of_cluster,
+    leave_node,
+    node_of,
+    stats_of,
+)
 from fastkv.rounds import Part
 
 _NOBODY = 0xFFFF
@@ -63,6 +70,19 @@ class Routing:
         self._tile_replaced: list[Node] = []
         self._tile_owners: _Owners | None = None
         self._tile_closes = 0
+
+    def tile_info(self) -> TileInfo:
+        """As `fastkv.Redis.tile_info`, in total and, under ``nodes``, for each node
+        that the client has used, by redis-py's name of it.
+
+        The totals of ``commands``, ``bytes_read`` and ``bytes_written`` are of whole
+        calls. A node counts its part of a call as one batch; keys that it had
+        ``redirected`` or left ``unanswered`` were sent again, there or to another.
+        """
+        return info_of_cluster(self, self._tile_nodes)
+
+    def _tile_calls(self) -> Stats:
+        return stats_of(self)
 
     def _pool_of(self, cluster_node: Any) -> Pool:
         raise NotImplementedError
@@ -140,7 +160,7 @@ class Routing:
         node = self._tile_nodes.get(name)
         if node is not None and node.usable and node.pool() is pool:
             return node
-        old, node = node, node_of(self, self._share(), pool)
+        old, node = node, node_of(self, self._share(), pool, name)
         self._tile_nodes[name] = node
         if old is not None and old is not node:
             self._tile_replaced.append(old)

@@ -66,6 +66,72 @@ class Code(enum.IntEnum):
     INTERNAL_ERROR = <int>_Code.internal_error
 
 
+class Notice(enum.IntEnum):
+    """What `Engine.take_notices` tells of."""
+
+    CONNECTION_LOST = <int>_NoticeKind.connection_lost
+    IDLE_CONNECTION_LOST = <int>_NoticeKind.idle_connection_lost
+    RANGES_REFUSED = <int>_NoticeKind.ranges_refused
+
+
+#: Upper bounds in seconds of a histogram's buckets but the last.
+DURATION_BOUNDS = tuple([(kFirstBound << i) / 1e9 for i in range(kBuckets - 1)])
+
+
+@cython.final
+cdef class Stats:
+    """Counts of one client, over all its engines. Any thread, and a forked child."""
+
+    cdef shared_ptr[CppStats] cpp
+
+    def __cinit__(self):
+        self.cpp = make_shared[CppStats]()
+
+    def command(self, int command):
+        """What became of the batches of a `Command`.
+
+        Returns:
+            ``(batches, keys, bytes, seconds, durations)``: batches that were complete, timed out,
+            cancelled, failed; keys that were unanswered, hit, missed, of a wrong size, refused,
+            redirected; bytes of the values that were read or stored; the sum of the durations,
+            and the number of them up to each of `DURATION_BOUNDS`, and of longer ones.
+        """
+        cdef const PerCommand* counts = &self.cpp.get().of(<CppCommand>command)
+        cdef size_t i
+        return (
+            [counts.batches[i].get() for i in range(kResults)],
+            [counts.keys[i].get() for i in range(kOutcomes)],
+            counts.bytes.get(),
+            counts.nanoseconds.get() / 1e9,
+            [counts.durations[i].get() for i in range(kBuckets)],
+        )
+
+    @property
+    def retries(self) -> int:
+        """Keys that were queued again because their connection was lost."""
+        return self.cpp.get().retries.get()
+
+    @property
+    def reconnects(self) -> int:
+        """Connections made in place of an earlier one."""
+        return self.cpp.get().reconnects.get()
+
+    @property
+    def stalls(self) -> int:
+        """Connections given up because no byte moved."""
+        return self.cpp.get().stalls.get()
+
+    def add_retries(self, uint64_t keys):
+        """Count keys that are sent again without the engine."""
+        self.cpp.get().retries.add(keys)
+
+    def count(self, Batch batch, int result, double seconds):
+        """Count a batch that was carried by parts of it; ``result`` as in `command`."""
+        self.cpp.get().count(
+            batch.cpp.get()[0], <Result>result, Nanoseconds(<int64_t>(seconds * 1e9))
+        )
+
+
 @cython.final
 cdef class RetryPolicy:
     """What an operation may do after its connection was lost. Immutable.
@@ -645,6 +711,7 @@ cdef class Engine:
         window_bytes: Value bytes that a connection may have asked for and not yet read.
         window_requests: Requests that a connection may have in flight.
         range_bytes: Values of half of this and more are read in ranges of this; 0: none is.
+        stats: Where to count.
     """
 
     cdef CppEngine* cpp
@@ -658,6 +725,7 @@ cdef class Engine:
         size_t window_bytes,
         size_t window_requests,
         size_t range_bytes,
+        Stats stats not None,
     ):
         cdef Window window
         window.bytes = window_bytes
@@ -665,7 +733,7 @@ cdef class Engine:
         window.range_bytes = range_bytes
         self.in_flight = {}
         self.forked = False
-        self.cpp = new CppEngine(workers, connections, window)
+        self.cpp = new CppEngine(workers, connections, window, stats.cpp)
 
     def __dealloc__(self):
         cdef CppEngine* cpp = self.cpp
@@ -752,6 +820,16 @@ cdef class Engine:
         """Batches submitted and not yet drained."""
         return len(self.in_flight)
 
+    def gauges(self):
+        """Return ``(open connections, keys that no connection has taken yet)``, the latter for
+        lookups, loads and stores. Zeros in a forked child."""
+        cdef Gauges gauges
+        if self.forked:
+            return 0, (0, 0, 0)
+        with nogil:
+            gauges = self.cpp.gauges()
+        return gauges.connections, (gauges.queued[0], gauges.queued[1], gauges.queued[2])
+
     def close(self):
         """Complete every batch, with an error if need be, and join the threads. Idempotent."""
         if self.forked:
@@ -783,6 +861,17 @@ cdef class Engine:
         with nogil:
             lanes = self.cpp.take_connect_requests()
         return list(lanes)
+
+    def take_notices(self):
+        """Return ``(Notice, text)`` of what happened since the last call; `connect_event` tells.
+        The text is the system's, or the server's."""
+        cdef vector[CppNotice] notices
+        with nogil:
+            notices = self.cpp.take_notices()
+        return [
+            (Notice(<int>notice.kind), notice.text.decode("utf-8", "replace"))
+            for notice in notices
+        ]
 
     def adopt(self, uint32_t lane, int fd, double stall_timeout, double health_interval):
         """Take over a connected socket; closes it in the end, and also when this raises.

@@ -137,6 +137,43 @@ cdef extern from "batch.hpp" namespace "fastkv" nogil:
         const Status& status() noexcept
 
 
+cdef extern from "<chrono>" namespace "std::chrono" nogil:
+    cdef cppclass Nanoseconds "std::chrono::nanoseconds":
+        Nanoseconds(int64_t) noexcept
+
+
+cdef extern from "stats.hpp" namespace "fastkv" nogil:
+    cdef enum class Result "fastkv::Stats::Result"(uint8_t):
+        ok
+        timed_out
+        cancelled
+        failed
+
+    cdef size_t kResults "fastkv::Stats::kResults"
+    cdef size_t kOutcomes "fastkv::Stats::kOutcomes"
+    cdef size_t kBuckets "fastkv::Stats::kBuckets"
+    cdef uint64_t kFirstBound "fastkv::Stats::kFirstBound"
+
+    cdef cppclass Counter "fastkv::Stats::Counter":
+        void add(uint64_t) noexcept
+        uint64_t get() noexcept
+
+    cdef cppclass PerCommand "fastkv::Stats::PerCommand":
+        Counter* batches
+        Counter* keys
+        Counter bytes
+        Counter nanoseconds
+        Counter* durations
+
+    cdef cppclass CppStats "fastkv::Stats":
+        CppStats() except +
+        void count(const CppBatch&, Result, Nanoseconds) noexcept
+        const PerCommand& of(CppCommand) noexcept
+        Counter retries
+        Counter reconnects
+        Counter stalls
+
+
 cdef extern from "worker.hpp" namespace "fastkv" nogil:
     cdef cppclass Window:
         uint64_t bytes
@@ -201,9 +238,24 @@ cdef extern from "tls.hpp" namespace "fastkv" nogil:
     unique_ptr[CppTlsStream] make_tls_stream(UniqueFd, const CppTlsSettings&) except +
 
 
+cdef extern from "schedule.hpp" namespace "fastkv" nogil:
+    cdef enum class _NoticeKind "fastkv::Notice::Kind"(uint8_t):
+        connection_lost
+        idle_connection_lost
+        ranges_refused
+
+    cdef cppclass CppNotice "fastkv::Notice":
+        _NoticeKind kind
+        string text
+
+    cdef cppclass Gauges "fastkv::Schedule::Gauges":
+        size_t connections
+        size_t* queued  # an array, as those of Stats
+
+
 cdef extern from "engine.hpp" namespace "fastkv" nogil:
     cdef cppclass CppEngine "fastkv::Engine":
-        CppEngine(size_t, size_t, Window) except +
+        CppEngine(size_t, size_t, Window, shared_ptr[CppStats]) except +
         Status submit(
             shared_ptr[CppBatch],
             uint64_t,
@@ -218,6 +270,8 @@ cdef extern from "engine.hpp" namespace "fastkv" nogil:
         int connect_event() noexcept
         void wake_connector() noexcept
         vector[uint32_t] take_connect_requests() except +
+        vector[CppNotice] take_notices() except +
+        Gauges gauges() except +
         void adopt(uint32_t, UniqueFd, double, double) except +
         void adopt(uint32_t, unique_ptr[CppTlsStream], double, double) except +
         void connect_failed(uint32_t, uint64_t, string, double) except +

@@ -9,9 +9,10 @@ import redis.asyncio
 
 from fastkv._core import Batch
 from fastkv.asyncio.tiles import Tiles
+from fastkv.info import TileInfo
 from fastkv.node import Node
 from fastkv.options import TileOptions, options_of_url, signed_as
-from fastkv.registry import leave_node, node_of
+from fastkv.registry import info_of_pool, leave_node, node_of
 
 if TYPE_CHECKING:
     from redis._parsers.encoders import Encoder
@@ -62,6 +63,10 @@ class Redis(Tiles, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's own
         assert isinstance(client, type(self))
         client._tile_options = self._tile_options
         return client
+
+    def tile_info(self) -> TileInfo:
+        """`fastkv.Redis.tile_info`; nothing to await."""
+        return info_of_pool(self.connection_pool)
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         """As redis-py's. Ends the native connections as `fastkv.Redis.close` does."""

@@ -31,6 +31,7 @@ def floor_line(axis: Any) -> None:
         f"{FLOOR:g} GB/s floor", (1, FLOOR), xycoords=("axes fraction", "data"),
         ha="right", va="bottom", fontsize=7, color="gray",
     )  # fmt: skip
+    axis.set_ylim(top=max(axis.get_ylim()[1], 1.1 * FLOOR))
 
 
 def check_plot(path: Path | None) -> None:

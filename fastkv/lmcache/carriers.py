@@ -18,10 +18,11 @@ from typing import Any, Protocol, TypeAlias
 from redis.exceptions import ConnectionError, TimeoutError
 
 from fastkv import rounds
-from fastkv._core import Batch, CompletionQueue
+from fastkv._core import Batch, CompletionQueue, Stats
 from fastkv.client import Redis
 from fastkv.cluster import RedisCluster
 from fastkv.connector import make_connection
+from fastkv.info import TileInfo, cluster_info
 from fastkv.node import Node, TileFuture
 from fastkv.refresher import Refresh
 
@@ -49,6 +50,9 @@ class Carrier(Protocol):
 
     def client(self) -> Redis | RedisCluster:
         """For redis-py's own commands. May connect."""
+
+    def tile_info(self) -> TileInfo:
+        """Of the client; zeros until there is one. Connects nothing."""
 
     def close(self) -> None:
         """Complete what is pending with an error, join the threads. Idempotent."""
@@ -90,6 +94,9 @@ class OneServer:
 
     def client(self) -> Redis:
         return self._client
+
+    def tile_info(self) -> TileInfo:
+        return self._client.tile_info()
 
     def close(self) -> None:
         self._closed = True
@@ -163,6 +170,12 @@ class Cluster:
 
     def client(self) -> RedisCluster:
         return self._connected().result()
+
+    def tile_info(self) -> TileInfo:
+        attempt = self._attempt
+        if attempt is None or not attempt.done() or attempt.exception() is not None:
+            return cluster_info(Stats(), {})
+        return attempt.result().tile_info()
 
     # --- the three ways to wait ------------------------------------------------------
 

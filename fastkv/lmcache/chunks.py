@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +24,10 @@ from fastkv import commands
 from fastkv._core import Batch, Command
 from fastkv.client import Redis
 from fastkv.errors import TileError, ValueSizeError
+from fastkv.info import TileInfo
 from fastkv.lmcache.carriers import Carrier, Cluster, OneServer
 from fastkv.lmcache.settings import Secret, Settings
+from fastkv.log import Limited, logger
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -38,10 +39,6 @@ _LOOKUP_SECONDS = 2.0
 # ... and from a failure until the next success: a server that is away must not cost
 # every prompt those. (Loads follow lookups that have hit.)
 _SUSPECT_SECONDS = 0.5
-# Between two log lines about one kind of trouble.
-_LOG_SECONDS = 30.0
-
-_logger = logging.getLogger("fastkv")
 
 
 @dataclass
@@ -125,7 +122,7 @@ class ChunkStore:
         self._suspect = False
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._logged: dict[str, tuple[float, int]] = {}
+        self._log = Limited(logger)
         try:
             # redis-py would find out about a wrong argument at the first connect.
             kwargs = self._client.connection_pool.connection_kwargs
@@ -136,6 +133,11 @@ class ChunkStore:
                 self.carrier: Carrier = Cluster(settings.url, arguments)
             else:
                 self.carrier = OneServer(self._client)
+            if settings.metrics:
+                # Not above: it imports us, and prometheus_client, which may be missing.
+                from fastkv.lmcache.exported import export
+
+                export(settings.metrics, self)
         except BaseException:
             self._client.close()
             raise
@@ -156,6 +158,10 @@ class ChunkStore:
         """
         with self._lock:
             return dict(self._counts)
+
+    def tile_info(self) -> TileInfo:
+        """Of its client."""
+        return self.carrier.tile_info()
 
     def keys(self) -> list[str]:
         """All keys under the prefix, without it. Slow: looks at all of the server's."""
@@ -337,14 +343,7 @@ class ChunkStore:
     def complain(self, kind: str, chunks: int, text: str) -> None:
         """Count a trouble, and log it once in a while."""
         self._count(kind, chunks)
-        now = time.monotonic()
-        with self._lock:
-            when, silent = self._logged.get(kind, (-_LOG_SECONDS, 0))
-            due = now - when >= _LOG_SECONDS
-            self._logged[kind] = (now, 0) if due else (when, silent + 1)
-        if due:
-            more = f" ({silent} more like it since the last line)" if silent else ""
-            _logger.warning("%s: %s%s", kind, text, more)
+        self._log.say(logging.WARNING, kind, text)
 
 
 # What an answer means, and what a key without one.

@@ -57,6 +57,8 @@ class NativeClient:
         timeout: Seconds for a batch of loads or deletes. Lookups get 2 at most, and 0.5
             after a failure until something succeeds. Stores go on as long as bytes
             move.
+        metrics: Export what `fastkv.metrics.TileCollector` does, and `counts`, in
+            prometheus_client's default registry, with this for the label ``client``.
         username: For an ACL user.
         password_env: Name of the environment variable with the password.
         password_file: Path of a file with it. Both are read again for each connection.
@@ -65,7 +67,8 @@ class NativeClient:
     Raises:
         TypeError, ValueError, redis.exceptions.DataError, OSError: A setting is wrong,
             or the password's file cannot be read.
-        ImportError: ``checksum`` without the package xxhash.
+        ImportError: ``checksum`` without the package xxhash, or ``metrics`` without
+            prometheus_client.
         fastkv.UnsupportedConnection: See there.
 
     Nothing is raised for a server that cannot be reached, now or later. In a forked
@@ -82,6 +85,7 @@ class NativeClient:
         checksum: bool = False,
         cluster: bool = False,
         timeout: float = 10.0,
+        metrics: str | None = None,
         username: str | None = None,
         password_env: str | None = None,
         password_file: str | None = None,
@@ -96,6 +100,7 @@ class NativeClient:
                 "checksum": checksum,
                 "cluster": cluster,
                 "timeout": timeout,
+                "metrics": metrics,
                 "username": username,
                 "password_env": password_env,
                 "password_file": password_file,

@@ -5,7 +5,6 @@ Knows redis-py's URLs, and neither LMCache nor connections.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -18,7 +17,7 @@ from redis.connection import URL_QUERY_ARGUMENT_PARSERS
 from redis.credentials import CredentialProvider
 from redis.retry import Retry
 
-_logger = logging.getLogger("fastkv")
+from fastkv.log import logger
 
 _SCHEMES = {"fastkv": "redis", "fastkvs": "rediss"}
 
@@ -42,6 +41,7 @@ class Settings:
     checksum: bool = False
     cluster: bool = False
     timeout: float = 10.0
+    metrics: str | None = None
     username: str | None = None
     password_env: str | None = None
     password_file: str | None = None
@@ -59,7 +59,7 @@ class Settings:
         own = {f.name for f in fields(cls)} - {"url", "redis"}
         url, in_query = _take_query(url, own)
         if urlsplit(url).password or "password=" in url or given.get("password"):
-            _logger.warning(
+            logger.warning(
                 "a password stands in the configuration, and LMCache logs that: "
                 "use password_env or password_file"
             )
@@ -206,6 +206,7 @@ _CONVERT = {
     "checksum": _flag,
     "cluster": _flag,
     "timeout": _seconds,
+    "metrics": _name,
     "username": _text,
     "password_env": _name,
     "password_file": _name,

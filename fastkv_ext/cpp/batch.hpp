@@ -106,6 +106,7 @@ class Batch {
 
   // The caller, after completion.
   Outcome outcome(std::size_t index) const noexcept { return outcomes_[index]; }
+  std::span<const Outcome> outcomes() const noexcept { return outcomes_; }
   bool all_answered_plainly() const noexcept { return failures_.empty(); }
   const std::vector<Failure>& failures() const noexcept { return failures_; }
   const Status& status() const noexcept { return status_; }
@@ -132,6 +133,7 @@ class Batch {
   std::shared_ptr<CompletionQueue> queue_;
   // Shared: one policy serves many batches, and outlives a change of the client's.
   std::shared_ptr<const RetryPolicy> retry_;
+  Clock::time_point submitted_;
   std::optional<Clock::time_point> deadline_;
 
   // guarded by Schedule::mutex_

@@ -24,8 +24,9 @@ Clock::duration to_duration(double seconds) {
 
 }  // namespace
 
-Engine::Engine(std::size_t workers, std::size_t connections, Window window)
-    : schedule_(workers, lane_priorities(connections), window.range_bytes) {
+Engine::Engine(std::size_t workers, std::size_t connections, Window window,
+               std::shared_ptr<Stats> stats)
+    : schedule_(workers, lane_priorities(connections), window.range_bytes, std::move(stats)) {
   for (std::size_t i = 0; i < workers; ++i) {
     workers_.push_back(std::make_unique<Worker>(i, schedule_, window));
   }

@@ -14,6 +14,7 @@
 #include "batch.hpp"
 #include "completion_queue.hpp"
 #include "schedule.hpp"
+#include "stats.hpp"
 #include "stream.hpp"
 #include "worker.hpp"
 
@@ -23,7 +24,8 @@ class Engine {
  public:
   // `connections` in all. One of them carries lookups only, unless it is the only one. Starts the
   // threads; throws std::system_error if the system has no descriptor or thread left.
-  Engine(std::size_t workers, std::size_t connections, Window window);
+  Engine(std::size_t workers, std::size_t connections, Window window,
+         std::shared_ptr<Stats> stats = std::make_shared<Stats>());
   ~Engine();
 
   // `seconds`: for the whole batch, 0 for no limit.
@@ -38,11 +40,13 @@ class Engine {
   // Lets every connection end once it is idle; the next batch opens new ones.
   void retire_connections();
   std::size_t batches() const { return schedule_.batches(); }
+  Schedule::Gauges gauges() const { return schedule_.gauges(); }
 
   // The connector.
   int connect_event() const noexcept { return schedule_.connect_event(); }
   void wake_connector() noexcept { schedule_.wake_connector(); }
   std::vector<std::uint32_t> take_connect_requests() { return schedule_.take_connect_requests(); }
+  std::vector<Notice> take_notices() { return schedule_.take_notices(); }
   // Takes over a connected socket, or a stream, that has answered all that was sent on it. 0 s: no
   // limit.
   void adopt(std::uint32_t lane, UniqueFd socket, double stall_seconds, double health_seconds);

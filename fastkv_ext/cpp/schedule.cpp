@@ -18,6 +18,9 @@ bool may_be_sent_again(Code code) noexcept {
          code == Code::closed;
 }
 
+// More than these at once say nothing new.
+constexpr std::size_t kMostNotices = 64;
+
 }  // namespace
 
 void Inbox::post(Message message) {
@@ -44,9 +47,10 @@ std::vector<Message> Inbox::take() {
 }
 
 Schedule::Schedule(std::size_t workers, std::vector<PrioritySet> lane_priorities,
-                   std::uint64_t range_bytes)
+                   std::uint64_t range_bytes, std::shared_ptr<Stats> stats)
     : lanes_(std::move(lane_priorities)),
       range_bytes_(range_bytes),
+      stats_(std::move(stats)),
       connected_(lanes_.size(), false) {
   for (std::size_t i = 0; i < workers; ++i) inboxes_.push_back(std::make_unique<Inbox>());
   for (std::uint32_t lane = 0; lane < lanes_.size(); ++lane) {
@@ -65,6 +69,7 @@ Status Schedule::submit(std::shared_ptr<Batch> batch, std::uint64_t id,
   batch->id_ = id;
   batch->queue_ = std::move(queue);
   batch->retry_ = std::move(retry);
+  batch->submitted_ = Clock::now();
   batch->deadline_ = deadline;
   batch->prepare_outcomes();
   batch->unfinished_ = operations;
@@ -125,6 +130,15 @@ std::size_t Schedule::batches() const {
   return accepted_.size();
 }
 
+Schedule::Gauges Schedule::gauges() const {
+  std::lock_guard lock(mutex_);
+  Gauges gauges;
+  gauges.connections =
+      static_cast<std::size_t>(std::count(connected_.begin(), connected_.end(), true));
+  std::copy(queued_.begin(), queued_.end(), gauges.queued.begin());
+  return gauges;
+}
+
 void Schedule::enqueue_locked(Batch& batch, std::size_t operations) {
   const auto priority = static_cast<std::size_t>(batch.priority());
   if (!batch.queued_) queues_[priority].push_back(&batch);
@@ -167,6 +181,11 @@ std::vector<std::uint32_t> Schedule::take_connect_requests() {
   connect_event_.clear();  // before the swap: a request after it signals again
   std::lock_guard lock(mutex_);
   return std::exchange(connect_requests_, {});
+}
+
+std::vector<Notice> Schedule::take_notices() {
+  std::lock_guard lock(mutex_);
+  return std::exchange(notices_, {});
 }
 
 void Schedule::wake_connector() noexcept {
@@ -348,7 +367,8 @@ Schedule::Run Schedule::help(std::uint64_t generation, const std::string& server
 }
 
 bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counted, Code why) {
-  const PrioritySet priorities = priority_bit(batch.priority());
+  // Once it is queued, another worker may complete it.
+  const Priority priority = batch.priority();
   std::chrono::duration<double> delay{0};
   {
     std::lock_guard lock(mutex_);
@@ -362,6 +382,7 @@ bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counte
       if (!policy.delays.empty()) {
         delay = policy.delays[std::min<std::size_t>(attempts, policy.delays.size()) - 1];
       }
+      stats_->retries.add();
     }
     if (delay.count() > 0) {
       delayed_.emplace(Clock::now() + std::chrono::duration_cast<Clock::duration>(delay),
@@ -372,11 +393,11 @@ bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counte
       enqueue_locked(batch, 1);
     }
   }
-  came_back(batch, 1);
+  came_back(priority, 1);
   if (delay.count() > 0) {
     inbox(0).wake();  // it must look at its clock again
   } else {
-    wake_sleepers(priorities, 0, inboxes_.size());
+    wake_sleepers(priority_bit(priority), 0, inboxes_.size());
   }
   return true;
 }
@@ -398,12 +419,12 @@ void Schedule::doubt(Batch& batch) {
 }
 
 void Schedule::finish(Batch& batch, std::size_t operations) {
-  came_back(batch, operations);
+  came_back(batch.priority(), operations);
   count_down(batch, operations);
 }
 
-void Schedule::came_back(const Batch& batch, std::size_t operations) noexcept {
-  if (batch.priority() != Priority::store) return;
+void Schedule::came_back(Priority priority, std::size_t operations) noexcept {
+  if (priority != Priority::store) return;
   if (stores_out_.fetch_sub(operations) > operations) return;
   // Whoever was refused one may sleep, and be the only one with room.
   if (has_work(priority_bit(Priority::store))) {
@@ -430,6 +451,7 @@ void Schedule::count_down(Batch& batch, std::size_t operations) {
       }
     }
   }
+  stats_->count(*done, result_of(done->status_.code), Clock::now() - done->submitted_);
   done->queue_->push(done->id_);
 }
 
@@ -500,6 +522,13 @@ void Schedule::run_due(Clock::time_point now) {
 
 void Schedule::worker_died(const std::string& why) {
   close({Code::internal_error, why});
+}
+
+void Schedule::note(Notice::Kind kind, std::string_view text) {
+  std::lock_guard lock(mutex_);
+  if (notices_.size() >= kMostNotices) return;
+  notices_.push_back({kind, std::string(text)});
+  connect_event_.signal();
 }
 
 void Schedule::close_fds() noexcept {

@@ -12,12 +12,14 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <variant>
 #include <vector>
 
 #include "batch.hpp"
 #include "fd.hpp"
+#include "stats.hpp"
 #include "stream.hpp"
 
 namespace fastkv {
@@ -33,6 +35,13 @@ constexpr PrioritySet without(PrioritySet set, Priority p) noexcept {
 inline constexpr PrioritySet kLookups = priority_bit(Priority::lookup);
 inline constexpr PrioritySet kValues =
     priority_bit(Priority::retrieve) | priority_bit(Priority::store);
+
+// What a worker has to say to whoever writes a log.
+struct Notice {
+  enum class Kind : std::uint8_t { connection_lost, idle_connection_lost, ranges_refused };
+  Kind kind = Kind::connection_lost;
+  std::string text;
+};
 
 // What a worker is told by other threads.
 struct Adopt {  // a connected lane
@@ -81,8 +90,8 @@ class Inbox {
 class Schedule {
  public:
   // Values of half of `range_bytes` and more are read in ranges; 0: none is.
-  Schedule(std::size_t workers, std::vector<PrioritySet> lane_priorities,
-           std::uint64_t range_bytes);
+  Schedule(std::size_t workers, std::vector<PrioritySet> lane_priorities, std::uint64_t range_bytes,
+           std::shared_ptr<Stats> stats);
 
   // --- callers ---
   Status submit(std::shared_ptr<Batch> batch, std::uint64_t id,
@@ -97,11 +106,17 @@ class Schedule {
   // No batch is accepted any more, and those accepted are abandoned.
   void close(const Status& why);
   std::size_t batches() const;
+  struct Gauges {
+    std::size_t connections = 0;                    // that are open
+    std::array<std::size_t, kPriorities> queued{};  // keys that no connection has taken yet
+  };
+  Gauges gauges() const;
 
   // --- the connector thread ---
   int connect_event() const noexcept { return connect_event_.fd(); }
   void wake_connector() noexcept;
   std::vector<std::uint32_t> take_connect_requests();  // lanes
+  std::vector<Notice> take_notices();
   void connected(std::uint32_t lane);
   // What is queued for a priority that no connection serves fails, unless it came only after the
   // last try had begun (its id is above `newest`): it is worth a try of its own.
@@ -154,6 +169,9 @@ class Schedule {
   std::optional<Clock::time_point> next_due() const;
   void run_due(Clock::time_point now);
   void worker_died(const std::string& why);
+  // The connector will read it.
+  void note(Notice::Kind kind, std::string_view text);
+  Stats& stats() noexcept { return *stats_; }
 
   std::size_t workers() const noexcept { return inboxes_.size(); }
   Inbox& inbox(std::size_t worker) noexcept { return *inboxes_[worker]; }
@@ -171,7 +189,7 @@ class Schedule {
   using Batches = std::vector<std::shared_ptr<Batch>>;
 
   void count_down(Batch& batch, std::size_t operations);
-  void came_back(const Batch& batch, std::size_t operations) noexcept;
+  void came_back(Priority priority, std::size_t operations) noexcept;
   void drop_offers_locked(const Batch* of);
   void enqueue_locked(Batch& batch, std::size_t operations);
   void abandon_batches(const Batches& batches, const Status& why);
@@ -184,6 +202,8 @@ class Schedule {
   // immutable after start
   const std::vector<PrioritySet> lanes_;
   const std::uint64_t range_bytes_;
+  // Shared: a later engine of the same client goes on counting, and it is read after our end.
+  const std::shared_ptr<Stats> stats_;
   std::vector<std::unique_ptr<Inbox>> inboxes_;
 
   std::mutex fork_mutex_;
@@ -210,6 +230,7 @@ class Schedule {
   };
   std::vector<Offer> offers_;
   std::vector<std::uint32_t> connect_requests_;
+  std::vector<Notice> notices_;
   std::vector<bool> connected_;  // by lane
 
   // Operations queued, by priority. Written under mutex_; read without it as a hint whether pull

@@ -454,7 +454,7 @@ Status Session::take_step(const ReplyHead& head) {
     if (command == Command::range) unread_ -= front.value_bytes;
     // Unknown here, or not allowed to this user; not a matter of this key or this moment.
     if (head.text.starts_with("ERR") || head.text.find("to run the") != std::string_view::npos) {
-      ranges_refused_ = true;
+      if (!std::exchange(ranges_refused_, true)) refusal_ = head.text;
     }
     if (command == Command::multi) front.reader->multi_refused = true;
     // After a MULTI that was not, the server would go on to queue what we send.

@@ -102,6 +102,8 @@ class Session {
   // A server, proxy or ACL has refused a command that ranges need: use plain GETs here. Survives
   // reset(), or each reconnect would try again.
   bool ranges_refused() const noexcept { return ranges_refused_; }
+  // Once, when that has happened: the error line.
+  std::string take_refusal() noexcept { return std::exchange(refusal_, {}); }
 
   // What to send next, in order, at most so many bytes; commit_write says how much of it went out.
   std::span<const iovec> prepare_write(std::size_t most = SIZE_MAX) noexcept;
@@ -198,6 +200,7 @@ class Session {
   std::deque<Reader> readers_;  // elements do not move
   bool news_ = false;
   bool ranges_refused_ = false;
+  std::string refusal_;
   bool unwatch_due_ = false;  // a WATCH was left without its EXEC
   std::vector<Completed> completed_;
 

@@ -163,6 +163,7 @@ void Worker::adopt(Lane& lane, Adopt&& message) {
   lane.state = State::connected;
   lane.server_asked = false;
   lane.server.clear();
+  if (std::exchange(lane.reconnects, true)) schedule_.stats().reconnects.add();
   lane.checking = lane.polls_write = lane.reads_on = false;
   lane.stall_timeout = message.stall_timeout;
   lane.health_interval = message.health_interval;
@@ -274,6 +275,9 @@ void Worker::settle(Lane& lane) {
   if (lane.session.take_news()) {
     turn_again_ = true;
     schedule_.wake_helpers();
+  }
+  if (const std::string line = lane.session.take_refusal(); !line.empty()) {
+    schedule_.note(Notice::Kind::ranges_refused, line);
   }
   if (!drop.ok()) lose(lane, drop, true);
 }
@@ -399,6 +403,12 @@ void Worker::learn_server(Lane& lane, const Completed& reply) {
 // `counted`: the loss is the connection's fault, and uses up an attempt of each.
 void Worker::lose(Lane& lane, const Status& why, bool counted) {
   turn_again_ = true;
+  if (why.code == Code::stalled) schedule_.stats().stalls.add();
+  if (counted) {
+    const bool idle = lane.session.requests() == 0;
+    schedule_.note(idle ? Notice::Kind::idle_connection_lost : Notice::Kind::connection_lost,
+                   why.detail);
+  }
   // Closing alone would not do, if a forked child still holds the socket.
   ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, lane.stream->fd(), nullptr);
   {

@@ -44,6 +44,7 @@ class Worker {
     std::uint32_t number = 0;
     PrioritySet priorities = 0;
     State state = State::absent;
+    bool reconnects = false;         // it was connected before
     std::unique_ptr<Stream> stream;  // changes under Schedule::fork_mutex
     Session session;
     std::uint64_t generation = 0;  // if not the schedule's: pull no more, drop it when idle

@@ -20,6 +20,7 @@ from redis.exceptions import RedisClusterException, TimeoutError
 import fastkv
 import fastkv.asyncio
 from fastkv.cli.private_server import ServerBinary
+from fastkv.metrics import TileCollector
 from tests.clusters import ClusterServers
 from tests.conftest import eventually, fastkv_threads
 
@@ -145,6 +146,58 @@ def test_each_keys_error_is_its_own(client: fastkv.RedisCluster) -> None:
             assert outcome is True
             assert got[i] == stored[i]
     assert caught.value.outcomes[300] is False
+
+
+def test_calls_are_counted_in_total_and_by_node(
+    client: fastkv.RedisCluster, cluster: ClusterServers
+) -> None:
+    client.batch_tile_set(KEYS, values(100))
+    keys = [*KEYS[:100], "no"]
+    client.batch_tile_get(keys, [bytearray(100) for _ in keys])
+    check_counts(client.tile_info(), cluster)
+    check_scrape(client, cluster)
+
+    async def work() -> None:
+        async with fastkv.asyncio.RedisCluster(
+            host="127.0.0.1", port=cluster.port
+        ) as client:
+            await client.batch_tile_set(KEYS, values(100))
+            await client.batch_tile_get(keys, [bytearray(100) for _ in keys])
+            check_counts(client.tile_info(), cluster)
+
+    asyncio.run(work())
+
+
+def check_scrape(client: fastkv.RedisCluster, cluster: ClusterServers) -> None:
+    (written,) = [
+        family
+        for family in TileCollector(cache=client).collect()
+        if family.name == "fastkv_written_bytes"
+    ]
+    assert {sample.labels["client"] for sample in written.samples} == {"cache"}
+    assert {sample.labels["node"]: sample.value for sample in written.samples} == {
+        f"127.0.0.1:{member.port}": 100 * sum(cluster.owner(k) is member for k in KEYS)
+        for member in cluster.primaries
+    }
+
+
+def check_counts(info: Any, cluster: ClusterServers) -> None:
+    gets, sets = info["commands"]["get"], info["commands"]["set"]
+    assert gets["batches"]["ok"] == sets["batches"]["ok"] == 1
+    assert gets["seconds"]["count"] == sets["seconds"]["count"] == 1
+    assert (gets["keys"]["hit"], gets["keys"]["miss"]) == (100, 1)
+    assert sets["keys"]["stored"] == 300
+    assert (info["bytes_read"], info["bytes_written"]) == (10_000, 30_000)
+    assert info["retries"] == info["reconnects"] == 0
+    assert len(info["nodes"]) == 3
+    for name, node in info["nodes"].items():
+        owned = sum(name.endswith(f":{cluster.owner(k).port}") for k in KEYS)
+        assert node["commands"]["set"]["keys"]["stored"] == owned > 0
+        assert node["commands"]["set"]["batches"]["ok"] == 1
+        assert node["bytes_written"] == 100 * owned
+    nodes = info["nodes"].values()
+    assert sum(node["commands"]["get"]["keys"]["hit"] for node in nodes) == 100
+    assert sum(node["connections"] for node in nodes) == info["connections"] > 0
 
 
 def test_bad_arguments_are_refused_before_anything_is_sent(

@@ -18,6 +18,7 @@ from redis.exceptions import (
     ClusterDownError,
     ClusterError,
     ConnectionError,
+    RedisClusterException,
     TimeoutError,
 )
 from redis.retry import Retry
@@ -25,6 +26,7 @@ from redis.retry import Retry
 import fastkv
 import fastkv.asyncio
 from fastkv._core import key_slot
+from tests.conftest import eventually
 from tests.scripted import ScriptedPeer
 
 SLOT = key_slot(b"a")
@@ -314,3 +316,87 @@ def test_a_pipeline_of_redis_py_that_looks_again_ends_no_batch(
             assert await looking == [True]
 
     asyncio.run(main())
+
+
+# --- what is counted -----------------------------------------------------------------
+
+
+def test_what_is_sent_again_is_counted_by_node_and_once_in_total(
+    make_client: Any, node: ScriptedNode
+) -> None:
+    client = make_client(2)
+    for key, reply in (
+        ("a", b":1\r\n"),
+        ("b", b"-TRYAGAIN later\r\n"),
+        ("b", b":1\r\n"),
+    ):
+        node.expect("EXISTS", key).reply(reply)
+    assert client.batch_tile_exists(["a", "b"]) == [True, True]
+    node.expect("EXISTS", "c").close()
+    node.expect("EXISTS", "c").reply(b":0\r\n")
+    assert client.batch_tile_exists(["c"]) == [False]
+    info = client.tile_info()
+    total = info["commands"]["exists"]
+    assert total["batches"] == {"ok": 2, "timed_out": 0, "cancelled": 0, "failed": 0}
+    assert total["keys"] == {
+        "found": 2,
+        "not_found": 1,
+        "unanswered": 0,
+        "refused": 0,
+        "redirected": 0,
+    }
+    assert total["seconds"]["count"] == 2
+    assert (info["retries"], info["reconnects"]) == (1, 1)
+    (of_node,) = info["nodes"].values()
+    assert of_node["commands"]["exists"]["keys"] == {
+        "found": 2,
+        "not_found": 1,
+        "unanswered": 1,
+        "refused": 0,
+        "redirected": 1,
+    }
+    assert (of_node["retries"], of_node["reconnects"]) == (1, 1)
+
+
+def test_what_a_call_over_several_nodes_came_to(
+    make_client: Any, node: ScriptedNode
+) -> None:
+    client = make_client(1)
+
+    def results() -> list[int]:
+        return list(client.tile_info()["commands"]["exists"]["batches"].values())
+
+    node.expect("EXISTS", "a").close()
+    node.expect("EXISTS", "a").close()
+    with pytest.raises(ConnectionError):
+        client.batch_tile_exists(["a"])
+    assert results() == [0, 0, 0, 1]
+    step = node.expect("EXISTS", "a").reply(b"-CLUSTERDOWN Hash slot not served\r\n")
+    future = client.submit_batch_tile_exists(["a"])
+    assert step.seen.wait(5)
+    assert future.cancel()
+    assert eventually(lambda: results() == [0, 0, 1, 1])
+    gate = threading.Event()
+    node.expect("EXISTS", "a").when(gate).reply(b":1\r\n")
+    with pytest.raises(TimeoutError):
+        client.batch_tile_exists(["a"], timeout=0.1)
+    assert results() == [0, 1, 1, 1]
+    gate.set()
+
+
+def test_a_cluster_that_is_gone_is_a_failed_call() -> None:
+    with ScriptedNode() as node:
+        client = fastkv.RedisCluster(
+            host="127.0.0.1",
+            port=node.port,
+            protocol=2,
+            retry=Retry(NoBackoff(), 1),
+        )
+    with client:
+        with pytest.raises(RedisClusterException, match="cannot be connected"):
+            client.batch_tile_exists(["a"])
+        future = client.submit_batch_tile_exists(["a"])
+        assert isinstance(future.exception(10), RedisClusterException)
+        calls = client.tile_info()["commands"]["exists"]
+    assert calls["batches"]["failed"] == 2
+    assert calls["keys"]["unanswered"] == 2

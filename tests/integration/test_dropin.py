@@ -8,7 +8,6 @@ import pickle
 import socket
 import threading
 import weakref
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ import redis
 
 import fastkv
 import fastkv.asyncio
-from fastkv import node
 from fastkv.cli.private_server import PrivateServer
 from tests.conftest import Endpoint, eventually, fastkv_threads
 
@@ -364,28 +362,6 @@ def test_client_side_caches_hear_of_our_writes(make: Any, endpoint: Endpoint) ->
     assert client.batch_tile_set(["a"], [b"new"]) == [True]
     client.ping()  # reads the invalidation
     assert client.get("a") == b"new"
-
-
-def test_batches_are_told_to_redis_pys_observability(
-    client: fastkv.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[dict[str, Any]] = []
-    monkeypatch.setattr(node, "record_operation_duration", lambda **k: told.append(k))
-    client.batch_tile_set(["a"], [b"w"])
-    assert told == []  # it is not switched on
-    on = SimpleNamespace(get_provider_manager=object)
-    monkeypatch.setattr(node, "get_observability_instance", lambda: on)
-    client.batch_tile_set(["a", "b"], [b"x", b"y"])
-    with pytest.raises(fastkv.TileError):
-        client.batch_tile_get(["a"], [bytearray(2)])
-    client.submit_batch_tile_delete(["a"]).result(5)
-    assert [t["command_name"] for t in told] == ["SET", "GET", "UNLINK"]
-    assert [type(t["error"]) for t in told] == [
-        type(None),
-        fastkv.TileError,
-        type(None),
-    ]
-    assert all(0 < t["duration_seconds"] < 10 for t in told)
 
 
 def test_half_made_clients_can_be_thrown_away() -> None:

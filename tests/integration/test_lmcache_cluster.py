@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -161,6 +162,21 @@ def test_a_forked_child_hangs_neither_itself_nor_its_parent(
     assert lm.get(["a"], [got]) == [True]
     assert got == b"x"
     cluster.wait_ok()
+
+
+def test_its_numbers_are_those_of_its_calls(
+    cluster: ClusterServers, demux: Any
+) -> None:
+    store = demux(url_of(cluster), metrics="cluster").client._store
+    before = store.tile_info()
+    assert before["nodes"] == {}
+    assert set(before["commands"]["exists"]["batches"].values()) == {0}
+    asyncio.run(store.carrier.wait(store.exists(NAMES).batch, 5.0))
+    store.carrier.run(store.exists(NAMES).batch, 5.0)
+    after = store.tile_info()
+    assert after["commands"]["exists"]["batches"]["ok"] == 2
+    assert after["commands"]["exists"]["keys"]["not_found"] == 2 * 64
+    assert len(after["nodes"]) == 3
 
 
 def test_what_a_cluster_cannot_have_is_refused() -> None:

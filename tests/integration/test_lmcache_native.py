@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import redis
 import xxhash
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from fastkv.cli.private_server import PrivateServer, ServerBinary
 from tests.conftest import Endpoint
@@ -536,6 +538,27 @@ def test_trouble_is_logged_once_in_a_while(
             for _ in range(20):
                 assert lm.exists(["a", "b"]) == [False, False]
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 1
-    assert "failed: EXISTS of 2: ConnectionError" in lines[0]
+    assert len(lines) == 2
+    assert lines[0].startswith("cannot connect: 127.0.0.1:")
+    assert "failed: EXISTS of 2: ConnectionError" in lines[1]
     assert lm.client.counts() == {"failed": 40}
+
+
+def test_what_lmcache_serves_has_our_numbers(demux: Any, endpoint: Endpoint) -> None:
+    def samples(name: str, client: str) -> dict[str, float]:
+        return {
+            sample.labels["outcome"]: sample.value
+            for family in text_string_to_metric_families(generate_latest().decode())
+            for sample in family.samples
+            if sample.name == name and sample.labels["client"] == client
+        }
+
+    stores = [demux(endpoint.url, metrics="a"), demux(endpoint.url + "?metrics=b")]
+    for number, lm in enumerate(stores):
+        assert lm.exists(["x", "y"][number:]) == [False, False][number:]
+    assert samples("fastkv_chunks_total", "a") == {"not_found": 2}
+    assert samples("fastkv_chunks_total", "b") == {"not_found": 1}
+    assert samples("fastkv_keys_total", "a")["not_found"] == 2
+    # LMCache makes a new one when it has given up the old one.
+    demux(endpoint.url, metrics="a").exists(["x"])
+    assert samples("fastkv_chunks_total", "a") == {"not_found": 1}

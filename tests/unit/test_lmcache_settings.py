@@ -17,8 +17,9 @@ from fastkv.lmcache.settings import Settings
 def test_the_query_wins_over_the_parameters_beside_it() -> None:
     settings = Settings.of(
         "fastkv://h:1/2?ttl=60&client_name=a&checksum=true&key_prefix=a%3Ab",
-        {"ttl": 5, "timeout": 3, "socket_timeout": 1.5},
+        {"ttl": 5, "timeout": 3, "socket_timeout": 1.5, "metrics": "kv"},
     )
+    assert settings.metrics == "kv"
     assert settings.url == "redis://h:1/2?client_name=a"
     assert (settings.ttl, settings.timeout) == (60, 3.0)
     assert (settings.checksum, settings.immutable) == (True, True)
