@@ -94,7 +94,9 @@ void Worker::loop() {
   std::array<epoll_event, 64> events;
   bool woken = false;
   for (;;) {
-    turn_again_ = false;
+    // What lies in OpenSSL's memory makes no socket readable.
+    turn_again_ = std::any_of(lanes_.begin(), lanes_.end(),
+                              [](const auto& lane) { return lane->reads_on; });
     flush_finished();  // before new work: somebody waits for it
     now_ = Clock::now();
     // From here on whoever queues work wakes us: see Inbox::asleep.

@@ -111,6 +111,23 @@ def secure(server: TlsServer, ids: Identities) -> dict[str, Any]:
 # --- data ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 5000, 2 << 20])
+def test_a_reply_that_ends_with_a_turn_of_the_worker_does_not_wait_for_more(
+    server: TlsServer, make: Any, secure: dict[str, Any], size: int
+) -> None:
+    # What is left of it may lie in OpenSSL's memory, with nothing in the socket.
+    client = make(**secure, tile_range_bytes=0)
+    stored = [os.urandom(size) for _ in range(4)]
+    keys = list("abcd")
+    assert all(client.batch_tile_set(keys, stored))
+    for turn in range(60):
+        keys, stored = [*keys[1:], keys[0]], [*stored[1:], stored[0]]
+        count = 1 + 3 * (turn % 2)
+        got = [bytearray(size) for _ in range(count)]
+        assert all(client.batch_tile_get(keys[:count], got, timeout=3.0))
+        assert got == stored[:count]
+
+
 def test_lmcaches_chunks_go_over_tls(server: TlsServer, ids: Identities) -> None:
     url = f"fastkvs://127.0.0.1:{server.tls_port}/1"
     value, got = os.urandom(1 << 20), bytearray(1 << 20)
