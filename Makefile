@@ -7,7 +7,8 @@ CPP := $(wildcard fastkv_ext/cpp/*.cpp)
 CXX ?= g++
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror -Wno-missing-field-initializers
 
-.PHONY: help demo bench bench-short bench-lmcache bench-vllm conformance test check lint test-cpp test-python dev format clean
+.PHONY: help demo bench bench-short bench-lmcache bench-vllm conformance test check lint test-cpp test-python asan tsan fuzz clang dev \
+	format clean
 help:
 	@echo 'make demo    a KV cache through fastkv and redis-py, side by side'
 	@echo 'make bench   beside its peers and the raw ceiling, half an hour; bench-short: three minutes'
@@ -15,6 +16,8 @@ help:
 	@echo 'make bench-vllm  vLLM and LMCache with fastkv on the CPU, end to end; quarter of an hour'
 	@echo 'make test    lint, types, C++ tests, Python tests'
 	@echo 'make conformance  redis-py'"'"'s own tests with our classes, all of them, half an hour'
+	@echo 'make asan    C++ and Python tests under AddressSanitizer, LeakSanitizer and UBSan; make tsan: C++ tests under ThreadSanitizer'
+	@echo 'make fuzz    bytes from a hostile server for the codec and the session; FUZZ_SECONDS=60 each'
 	@echo 'make dev     editable build with assertions on'
 	@echo 'make format  what the formatters do'
 
@@ -75,26 +78,75 @@ lint: $(BIN)/.test
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest fastkv._core
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint fastkv_ext/*.pyx fastkv_ext/*.pxd
-	$(BIN)/clang-format --dry-run -Werror fastkv_ext/cpp/* tests/cpp/* bench/*.cpp
+	$(BIN)/clang-format --dry-run -Werror fastkv_ext/cpp/* tests/cpp/* tests/fuzz/*.cpp bench/*.cpp
 	@printf '%s\n' $(CPP) | xargs -P "$$(nproc)" -I{} $(BIN)/clang-tidy --quiet {} -- -std=c++20 -Ifastkv_ext/cpp
 	$(BIN)/codespell
 
-# Each test is a program over check.hpp, linked with all of cpp/.
-CPP_TESTS := $(patsubst tests/cpp/%.cpp,build/cpp/%,$(wildcard tests/cpp/test_*.cpp))
-OBJECTS := $(patsubst fastkv_ext/cpp/%.cpp,build/cpp/%.o,$(filter-out %/tls_missing.cpp,$(CPP)))
+# Each test is a program over check.hpp, linked with all of cpp/; and what the fuzzer has found
+# worth keeping is replayed. SANITIZE=address,undefined or thread, as the compiler names them.
+SANITIZE :=
+BUILD := build/cpp$(SANITIZE:%=-%)
+CPP_TESTS := $(patsubst tests/cpp/%.cpp,$(BUILD)/%,$(wildcard tests/cpp/test_*.cpp))
+FUZZED := resp session
+OBJECTS := $(patsubst fastkv_ext/cpp/%.cpp,$(BUILD)/%.o,$(filter-out %/tls_missing.cpp,$(CPP)))
+# Or make would take them for intermediate files, and delete them.
+.SECONDARY: $(OBJECTS)
 HEADERS := $(wildcard fastkv_ext/cpp/*.hpp tests/cpp/*.hpp)
-COMPILE = $(CXX) -std=c++20 -O1 -g -pthread -D_GLIBCXX_ASSERTIONS $(WARNINGS) -Ifastkv_ext/cpp
+INCLUDE := -Ifastkv_ext/cpp -Itests/cpp
+COMPILE = $(CXX) -std=c++20 -O1 -g -pthread -D_GLIBCXX_ASSERTIONS $(WARNINGS) $(INCLUDE) \
+	$(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=all -fno-omit-frame-pointer)
 
-build/cpp/%.o: fastkv_ext/cpp/%.cpp $(HEADERS)
+$(BUILD)/%.o: fastkv_ext/cpp/%.cpp $(HEADERS)
 	@mkdir -p $(@D)
 	$(COMPILE) -c $< -o $@
 
-build/cpp/test_%: tests/cpp/test_%.cpp $(OBJECTS) $(HEADERS)
+$(BUILD)/test_%: tests/cpp/test_%.cpp $(OBJECTS) $(HEADERS)
 	$(COMPILE) $< $(OBJECTS) -lssl -lcrypto -o $@
 
+$(BUILD)/replay_%: tests/fuzz/fuzz_%.cpp tests/fuzz/replay.cpp $(OBJECTS) $(HEADERS)
+	$(COMPILE) $(filter %.cpp,$^) $(OBJECTS) -lssl -lcrypto -o $@
+
 test-cpp: $(BIN)/python
-	@$(MAKE) -s -j "$$(nproc)" $(CPP_TESTS)
+	@$(MAKE) -s -j "$$(nproc)" $(CPP_TESTS) $(FUZZED:%=$(BUILD)/replay_%)
 	@for test in $(CPP_TESTS); do echo $$test; $$test || exit 1; done
+	@for target in $(FUZZED); do echo $(BUILD)/replay_$$target; \
+	  $(BUILD)/replay_$$target tests/fuzz/corpus/$$target || exit 1; done
+
+# The extension is built beside the usual one, and its runtime must come before all others. Left out
+# are tests that measure memory or time, and one without descriptors: the sanitizer needs them, too.
+ASAN_TESTS := not memory_is_flat and not takes_milliseconds and not out_of_descriptors
+asan: $(BIN)/.test
+	@$(MAKE) test-cpp SANITIZE=address,undefined
+	FASTKV_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	LSAN_OPTIONS=suppressions=$(CURDIR)/tests/python.supp:print_suppressions=0 ASAN_OPTIONS=malloc_context_size=2 \
+	PYTHONMALLOC=malloc PYTHONSAFEPATH=1 PYTHONPATH=build/asan/lib \
+	  $(BIN)/python -m pytest --import-mode=append -k '$(ASAN_TESTS)' $(TESTS)
+
+tsan: $(BIN)/python
+	@$(MAKE) test-cpp SANITIZE=thread
+
+# New inputs go to build/fuzz; what crashes is written there, too.
+FUZZ_SECONDS ?= 60
+CLANG ?= clang++
+FUZZ_OBJECTS := $(patsubst %,build/fuzz/%.o,resp session session_ranges ranged_value)
+FUZZ_COMPILE = $(CLANG) -std=c++20 -O2 -g $(INCLUDE) -fno-sanitize-recover=all
+fuzz: $(FUZZED:%=fuzz-%)
+
+clang:
+	@CLANG=$(CLANG) .ci/system-packages fuzz
+	@mkdir -p build/fuzz
+
+build/fuzz/%.o: fastkv_ext/cpp/%.cpp $(HEADERS) | clang
+	$(FUZZ_COMPILE) -fsanitize=fuzzer-no-link,address,undefined -c $< -o $@
+
+# The target itself is not what is to be covered.
+$(FUZZED:%=fuzz-%): fuzz-%: tests/fuzz/fuzz_%.cpp $(FUZZ_OBJECTS)
+	@mkdir -p build/fuzz/$*
+	$(FUZZ_COMPILE) -fsanitize=address,undefined -c $< -o build/fuzz/fuzz_$*.o
+	$(FUZZ_COMPILE) -fsanitize=fuzzer,address,undefined build/fuzz/fuzz_$*.o $(FUZZ_OBJECTS) -o build/fuzz/fuzz_$*
+	ASAN_OPTIONS=quarantine_size_mb=8 build/fuzz/fuzz_$* build/fuzz/$* tests/fuzz/corpus/$* -dict=tests/fuzz/resp.dict \
+	  -max_len=200 -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -artifact_prefix=build/fuzz/
 
 test-python: $(BIN)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -108,7 +160,7 @@ conformance: $(BIN)/.test
 format: $(BIN)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i fastkv_ext/cpp/* tests/cpp/* bench/*.cpp
+	$(BIN)/clang-format -i fastkv_ext/cpp/* tests/cpp/* tests/fuzz/*.cpp bench/*.cpp
 
 clean:
 	rm -rf build dist $(VENV) fastkv/*.so *.egg-info

@@ -25,7 +25,8 @@ if DEBUG:
 else:
     compile_args += ["-O3", "-g0"]
 if SANITIZE:
-    compile_args += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g"]
+    compile_args += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+    compile_args += ["-fno-omit-frame-pointer", "-g"]
     link_args += [f"-fsanitize={SANITIZE}"]
 
 

@@ -566,7 +566,9 @@ cdef class TlsStream:
         settings.ca_data_is_pem = ca_data_is_pem
         settings.certificate_file = certificate_file
         settings.key_file = key_file
-        settings.password = password
+        settings.password = string_view(
+            PyBytes_AS_STRING(password), PyBytes_GET_SIZE(password)
+        )
         with nogil:
             self.cpp = make_tls_stream(UniqueFd(fd), settings)
 

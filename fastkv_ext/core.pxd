@@ -224,7 +224,7 @@ cdef extern from "tls.hpp" namespace "fastkv" nogil:
         cpp_bool ca_data_is_pem
         string certificate_file
         string key_file
-        string password
+        string_view password
 
     cdef cppclass CppTlsStream "fastkv::TlsStream":
         Moved handshake() noexcept

@@ -110,6 +110,8 @@ class PrivateServer:
                 *self._arguments,
             ],
             stdout=subprocess.DEVNULL,
+            # What is preloaded into Python, such as a sanitizer, is not for the server.
+            env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"},
             # Else a terminal's Ctrl-C would reach it before we have cleaned up.
             start_new_session=True,
         )

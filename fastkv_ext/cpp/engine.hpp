@@ -35,7 +35,7 @@ class Engine {
   void cancel(std::uint64_t id);
   // Idempotent. Every accepted batch has completed, and no thread runs, when it returns.
   void close();
-  // Gives all descriptors back. After close(), and when the connector has ended.
+  // Gives all descriptors back. After close(); a connector that is late finds nothing to do.
   void close_fds();
   // Lets every connection end once it is idle; the next batch opens new ones.
   void retire_connections();

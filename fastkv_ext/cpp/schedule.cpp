@@ -11,8 +11,8 @@ namespace {
 constexpr auto kUrgent = std::chrono::milliseconds(200);
 constexpr std::uint64_t kUrgentStoreBytes = std::uint64_t{256} << 10;
 
-// Whether the caller of a batch that ended so might send it again, to another node, say. Then it must
-// not look so if an operation may have been done.
+// Whether the caller of a batch that ended so might send it again, to another node, say. Then it
+// must not look so if an operation may have been done.
 bool may_be_sent_again(Code code) noexcept {
   return code == Code::connection_lost || code == Code::stalled || code == Code::connect_failed ||
          code == Code::closed;
@@ -178,8 +178,10 @@ void Schedule::abandon_batches(const Batches& batches, const Status& why) {
 // --- the connector thread ----------------------------------------------------------------------
 
 std::vector<std::uint32_t> Schedule::take_connect_requests() {
-  connect_event_.clear();  // before the swap: a request after it signals again
+  // The lock comes first: a connector that was in the middle of a connect may outlive close_fds(),
+  // and must not read from a descriptor that is somebody else's by then.
   std::lock_guard lock(mutex_);
+  connect_event_.clear();
   return std::exchange(connect_requests_, {});
 }
 
@@ -257,11 +259,12 @@ Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
   if (generation != generation_) return {};
   for (std::size_t p = 0; p < kPriorities; ++p) {
     const auto priority = static_cast<Priority>(p);
-    if ((priorities & priority_bit(priority)) == 0 || queues_[p].empty()) continue;
+    if (queues_[p].empty()) continue;
+    // Also if this lane may not carry it, because of the stores that it does: then no more of them.
+    if (priority != Priority::store) urgent_until_ = now + kUrgent;
+    if ((priorities & priority_bit(priority)) == 0) continue;
     Batch& batch = *queues_[p].front();
-    if (priority != Priority::store) {
-      urgent_until_ = now + kUrgent;
-    } else if (urgent(now)) {
+    if (priority == Priority::store && urgent(now)) {
       if (stores_out_ > 0) return {};
       max_bytes = std::min(max_bytes, kUrgentStoreBytes);
     }
@@ -293,9 +296,8 @@ Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
   return {};
 }
 
-void Schedule::offer(Batch& batch, std::uint32_t index,
-                     const std::shared_ptr<RangedValue>& ranges, std::uint32_t lane,
-                     const std::string& server) {
+void Schedule::offer(Batch& batch, std::uint32_t index, const std::shared_ptr<RangedValue>& ranges,
+                     std::uint32_t lane, const std::string& server) {
   {
     std::lock_guard lock(mutex_);
     if (batch.abandoned_) return;  // the worker is told next

@@ -139,9 +139,9 @@ class Schedule {
   bool has_work(PrioritySet priorities) const noexcept;
   // Somebody may wait for a lookup or a retrieve.
   bool urgent(Clock::time_point now) const noexcept { return now < urgent_until_.load(); }
-  // A large value that a lane has begun: idle ones may help(), once it is open. With a snapshot, only
-  // those that lead to the same server for certain: two servers of one name may hold two versions,
-  // and nobody touches either. `server` is empty as long as it is not known.
+  // A large value that a lane has begun: idle ones may help(), once it is open. With a snapshot,
+  // only those that lead to the same server for certain: two servers of one name may hold two
+  // versions, and nobody touches either. `server` is empty as long as it is not known.
   void offer(Batch& batch, std::uint32_t index, const std::shared_ptr<RangedValue>& ranges,
              std::uint32_t lane, const std::string& server);
   void identified(std::uint32_t lane, const std::string& server);
@@ -181,7 +181,7 @@ class Schedule {
 
   // Held while the set of open sockets changes, and across fork: a child finds them in order.
   std::mutex& fork_mutex() noexcept { return fork_mutex_; }
-  // When no worker and no connector runs any more.
+  // When no worker runs any more.
   void close_fds() noexcept;
   void close_fds_after_fork() noexcept;
 
@@ -208,7 +208,7 @@ class Schedule {
 
   std::mutex fork_mutex_;
   mutable std::mutex mutex_;
-  EventFd connect_event_;  // signalled and closed under mutex_
+  EventFd connect_event_;  // signalled, cleared and closed under mutex_
   // guarded by mutex_
   std::uint64_t generation_ = 0;  // counts retire_connections
   Status refusal_;                // not ok: no batch is accepted any more

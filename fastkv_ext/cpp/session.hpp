@@ -75,7 +75,7 @@ struct Completed {
   Outcome outcome = Outcome::unanswered;
   // size_mismatch: the length of the value that the server has; `server`: of the reply.
   std::int64_t actual_bytes = 0;
-  std::string error;              // refused: the error line
+  std::string error;  // refused: the error line
   // lost: what happened.
   std::shared_ptr<RangedValue> ranges;
 };
@@ -84,6 +84,9 @@ class Session {
  public:
   static constexpr std::size_t kScratchBytes = std::size_t{64} << 10;
   static constexpr std::size_t kMaxIov = 64;
+  // What is kept of an error line: a server that answers every key of a batch with the longest one
+  // must not fill our memory.
+  static constexpr std::size_t kMaxError = 1024;
 
   Session();
 

@@ -7,6 +7,7 @@
 #include "tls.hpp"
 
 #include <openssl/bio.h>
+#include <openssl/crypto.h>
 #include <openssl/err.h>
 #include <openssl/pem.h>
 #include <openssl/ssl.h>
@@ -66,7 +67,7 @@ const char* or_null(const std::string& text) noexcept {
 }
 
 int give_password(char* to, int room, int /*encrypting*/, void* password) {
-  const auto& text = *static_cast<const std::string*>(password);
+  const auto& text = *static_cast<const std::string_view*>(password);
   if (text.size() > static_cast<std::size_t>(room)) return -1;
   return static_cast<int>(text.copy(to, text.size()));
 }
@@ -101,7 +102,8 @@ void trust(SSL_CTX* context, const TlsSettings& settings) {
 void identify(SSL_CTX* context, const TlsSettings& settings) {
   if (settings.certificate_file.empty()) return;
   SSL_CTX_set_default_passwd_cb(context, give_password);
-  SSL_CTX_set_default_passwd_cb_userdata(context, const_cast<std::string*>(&settings.password));
+  SSL_CTX_set_default_passwd_cb_userdata(context,
+                                         const_cast<std::string_view*>(&settings.password));
   require(SSL_CTX_use_certificate_chain_file(context, settings.certificate_file.c_str()) == 1,
           "certfile");
   const auto& key = settings.key_file.empty() ? settings.certificate_file : settings.key_file;
@@ -153,6 +155,7 @@ class OpenSslStream final : public TlsStream {
   }
   // No close_notify: a reply says its length, and its server should not wait for a goodbye.
   ~OpenSslStream() override {
+    OPENSSL_cleanse(record_.get(), kRecordBytes);
     if (socket_) ::shutdown(socket_.get(), SHUT_RDWR);
   }
 
@@ -309,6 +312,8 @@ Stream::Moved OpenSslStream::write(std::span<const iovec> from) noexcept {
       if (total > 0) return {total, {}};
       return {0, std::move(why)};
     }
+    // A full record is of a value; a shorter one may be a password.
+    if (record_bytes_ < kRecordBytes) OPENSSL_cleanse(record_.get(), record_bytes_);
     total += std::exchange(record_bytes_, 0);
   }
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "fd.hpp"
 #include "stream.hpp"
@@ -33,7 +34,7 @@ struct TlsSettings {
   bool ca_data_is_pem = false;
   std::string certificate_file;
   std::string key_file;
-  std::string password;  // of the key
+  std::string_view password;  // of the key; the caller's memory, so that no copy is left behind
 };
 
 class TlsStream : public Stream {

@@ -363,8 +363,7 @@ void Worker::carry(Lane& lane) {
       operation.ranges = nullptr;
     }
     --carried_.count;
-    const bool offered =
-        operation.ranges && !operation.helping && operation.ranges->divisible();
+    const bool offered = operation.ranges && !operation.helping && operation.ranges->divisible();
     if (offered && operation.ranges->snapshot() && !lane.server_asked) ask_server(lane);
     lane.session.push(operation);
     lane.session.pump(window_.bytes);

@@ -53,9 +53,9 @@ class Worker {
     std::string server;  // its run id; empty: unknown
     std::string server_reply;
     Segment server_target;
-    bool checking = false;  // a health check is on its way; pull when it is answered
-    bool polls_write = false;      // registered for EPOLLOUT
-    bool reads_on = false;         // see Stream::holds_bytes
+    bool checking = false;     // a health check is on its way; pull when it is answered
+    bool polls_write = false;  // registered for EPOLLOUT
+    bool reads_on = false;     // see Stream::holds_bytes
     Clock::duration stall_timeout{};
     Clock::duration health_interval{};
     Clock::time_point progress;  // when a byte last moved, or the wait for one began

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <set>
 #include <string>
@@ -18,7 +19,9 @@
 #include "check.hpp"
 #include "engine.hpp"
 
-// What the server says to a request of connection number so-and-so; nothing: it keeps silent.
+// What the server says to a request of connection number so-and-so; nothing: it keeps silent. With
+// kHangUp at its end, it closes the connection afterwards.
+inline constexpr std::string_view kHangUp = "(hangs up)";
 using Answer =
     std::function<std::optional<std::string>(int connection, const std::vector<std::string>&)>;
 
@@ -63,8 +66,12 @@ inline void serve(fastkv::UniqueFd socket, int connection, const Answer& answer,
       const auto reply = answer(connection, *words);
       if (!reply) continue;
       std::string_view rest = *reply;
-      const bool last = ++requests > lifetime;
+      bool last = ++requests > lifetime;
       if (last) rest = rest.substr(0, rest.size() / 2);
+      if (rest.ends_with(kHangUp)) {
+        rest.remove_suffix(kHangUp.size());
+        last = true;
+      }
       while (!rest.empty()) {
         const ssize_t sent = ::send(socket.get(), rest.data(), rest.size(), MSG_NOSIGNAL);
         if (sent <= 0) return;
@@ -78,8 +85,12 @@ inline void serve(fastkv::UniqueFd socket, int connection, const Answer& answer,
 // Gives the engine a socket pair for each connection that it wants.
 class Connector {
  public:
-  Connector(fastkv::Engine& engine, Answer answer, std::size_t lifetime = SIZE_MAX)
-      : engine_(engine), answer_(std::move(answer)), lifetime_(lifetime) {
+  Connector(fastkv::Engine& engine, Answer answer, std::size_t lifetime = SIZE_MAX,
+            double stall_seconds = 5.0)
+      : engine_(engine),
+        answer_(std::move(answer)),
+        lifetime_(lifetime),
+        stall_seconds_(stall_seconds) {
     thread_ = std::thread([this] { run(); });
   }
   ~Connector() {
@@ -91,6 +102,13 @@ class Connector {
   }
 
   void refuse() { refuse_ = true; }
+  // Says neither yes nor no from now on.
+  void ignore() { ignore_ = true; }
+  // The lane that a connection was made for.
+  std::uint32_t lane_of(int connection) {
+    std::lock_guard lock(mutex_);
+    return lanes_.at(static_cast<std::size_t>(connection));
+  }
   int asked() const { return asked_; }
 
  private:
@@ -100,6 +118,7 @@ class Connector {
       pollfd entry{engine_.connect_event(), POLLIN, 0};
       ::poll(&entry, 1, -1);
       for (const std::uint32_t lane : engine_.take_connect_requests()) {
+        if (ignore_) continue;
         ++asked_;
         if (refuse_) {
           engine_.connect_failed(lane, UINT64_MAX, "refused", 0.05);
@@ -107,12 +126,16 @@ class Connector {
         }
         int ends[2];
         CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+        {
+          std::lock_guard lock(mutex_);
+          lanes_.push_back(lane);
+        }
         peers_.emplace_back(
             [this, number = connections++](int fd) {
               serve(fastkv::UniqueFd(fd), number, answer_, lifetime_);
             },
             ends[1]);
-        engine_.adopt(lane, fastkv::UniqueFd(ends[0]), 5.0, 0.0);
+        engine_.adopt(lane, fastkv::UniqueFd(ends[0]), stall_seconds_, 0.0);
       }
     }
   }
@@ -120,9 +143,13 @@ class Connector {
   fastkv::Engine& engine_;
   const Answer answer_;
   const std::size_t lifetime_;
+  const double stall_seconds_;
   std::atomic<bool> stop_{false};
   std::atomic<bool> refuse_{false};
+  std::atomic<bool> ignore_{false};
   std::atomic<int> asked_{0};
+  std::mutex mutex_;
+  std::vector<std::uint32_t> lanes_;  // by connection; guarded by mutex_
   std::thread thread_;
   std::vector<std::thread> peers_;
 };

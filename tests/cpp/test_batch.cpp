@@ -68,6 +68,9 @@ TEST(keys_go_to_the_owners_of_their_slots) {
   CHECK(keys == 200);
   CHECK(whole.route(SlotMap({}), all) == std::vector<Indices>{all});
   CHECK(key_slot("123456789") == 0x31c3);  // CRC16-XMODEM's check value, below 16384
+  CHECK(key_slot("a{123456789}b{c}") == 0x31c3);
+  CHECK(key_slot("{}123456789") != 0x31c3 && key_slot("{}a") != key_slot("{}b"));
+  CHECK(key_slot("{123456789") != 0x31c3);
 }
 
 TEST(what_was_redirected_or_not_answered_is_left_and_the_rest_is_final) {

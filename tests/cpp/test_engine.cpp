@@ -218,6 +218,48 @@ TEST(a_batch_that_no_connection_can_serve_fails_when_connecting_has_failed) {
   }
 }
 
+TEST(a_store_that_fills_the_sockets_buffers_arrives_whole) {
+  constexpr std::size_t kHuge = 20'000'000;
+  std::string value(kHuge, '\0');
+  std::mt19937 random(9);
+  for (char& c : value) c = static_cast<char>(random());
+  const auto compare = [&](int, const std::vector<std::string>& words) {
+    return words[2] == value ? "+OK\r\n" : "-ERR wrong bytes\r\n";
+  };
+  Engine engine(1, 1, kWindow);
+  Connector connector(engine, compare);
+  const auto batch = std::make_shared<Batch>(Command::set);
+  batch->add_key("k");
+  batch->add_segment(value.data(), 7);
+  batch->add_segment(value.data() + 7, kHuge - 7);
+  batch->end_value();
+  auto queue = std::make_shared<CompletionQueue>();
+  engine.submit(batch, next_id++, queue, retry(0), 0);
+  wait_for(*queue, 1);
+  CHECK(batch->status().ok() && batch->outcome(0) == Outcome::hit);
+}
+
+TEST(a_lookup_stands_behind_no_value) {
+  const auto no_values = [](int connection, const std::vector<std::string>& words) {
+    return words[0] == "EXISTS" ? answer(connection, words) : std::nullopt;
+  };
+  for (const Command command : {Command::get, Command::set, Command::unlink}) {
+    Engine engine(2, 4, kWindow);
+    Connector connector(engine, no_values);
+    auto stuck = std::make_shared<CompletionQueue>();
+    Call values = make_call(command, 500);
+    engine.submit(values.batch, next_id++, stuck, retry(0), 0);
+    for (int i = 0; i < 20; ++i) {
+      auto queue = std::make_shared<CompletionQueue>();
+      Call lookup = make_call(Command::exists, 100);
+      engine.submit(lookup.batch, next_id++, queue, retry(0), 0);
+      wait_for(*queue, 1);
+      check_outcomes(lookup);
+    }
+    CHECK(engine.batches() == 1);
+  }
+}
+
 TEST(a_retrieve_does_not_stand_behind_a_store_and_then_stores_go_one_at_a_time) {
   std::atomic<int> stores{0};
   std::atomic<bool> open{false};
@@ -249,6 +291,58 @@ TEST(a_retrieve_does_not_stand_behind_a_store_and_then_stores_go_one_at_a_time) 
   wait_for(*queue, 1);
   check_outcomes(store);
   CHECK(stores == 20);
+}
+
+TEST(a_retrieve_that_comes_while_every_lane_stores_waits_for_what_is_on_its_way_only) {
+  std::atomic<int> stores{0};
+  std::atomic<int> stores_before{-1};
+  std::atomic<bool> open{false};
+  const auto slow = [&](int connection, const std::vector<std::string>& words) {
+    if (words[0] == "GET") stores_before = stores.load();
+    if (words[0] == "SET") {
+      ++stores;
+      do {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      } while (!open);
+    }
+    return answer(connection, words);
+  };
+  // Two lanes for values, and a window of less than a value: two stores at once on each.
+  Engine engine(1, 3, {1000, 64, 0});
+  Connector connector(engine, slow);
+  auto queue = std::make_shared<CompletionQueue>();
+  Call store = make_call(Command::set, 100);
+  engine.submit(store.batch, next_id++, queue, retry(0), 0);
+  while (stores < 2) std::this_thread::yield();
+  Call get = make_call(Command::get, 1);
+  engine.submit(get.batch, next_id++, queue, retry(0), 0);
+  open = true;
+  wait_for(*queue, 2);
+  check_outcomes(get);
+  check_outcomes(store);
+  CHECK(stores == 100 && stores_before >= 2 && stores_before <= 6);
+}
+
+// For ThreadSanitizer.
+TEST(a_connector_that_is_late_touches_no_descriptor_that_was_given_back) {
+  for (int round = 0; round < 50; ++round) {
+    Engine engine(1, 2, kWindow);
+    std::atomic<bool> started{false};
+    std::thread connector([&] {
+      for (int i = 0; i < 200; ++i) {
+        for (const std::uint32_t lane : engine.take_connect_requests()) {
+          engine.connect_failed(lane, UINT64_MAX, "refused", 0);
+        }
+        engine.wake_connector();
+        started = true;
+      }
+    });
+    while (!started) std::this_thread::yield();
+    engine.close();
+    engine.close_fds();
+    connector.join();
+    CHECK(engine.take_connect_requests().empty());
+  }
 }
 
 int main() {

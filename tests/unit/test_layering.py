@@ -16,6 +16,7 @@ CPP = {
     "ranged_value": {"status"},
     "slots": set(),
     "session": {"status", "fd", "resp", "ranged_value"},
+    "session_ranges": {"session"},
     "stream": {"status", "fd"},
     "tls": {"status", "fd", "stream"},
     "tls_missing": {"tls"},

@@ -1,0 +1,198 @@
+// The schedule without workers: what is pulled, what may go again, what is due. One thread.
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "check.hpp"
+#include "schedule.hpp"
+
+using namespace fastkv;
+using namespace std::chrono_literals;
+
+namespace {
+
+const Clock::time_point kNow = Clock::now();
+
+struct Fixture {
+  explicit Fixture(std::vector<PrioritySet> lanes = {kLookups, kValues, kValues})
+      : schedule(2, std::move(lanes), 0) {}
+
+  std::shared_ptr<Batch> submit(Command command, std::size_t keys, RetryPolicy policy = {},
+                                std::optional<Clock::time_point> deadline = {},
+                                bool repeatable = true) {
+    auto batch = std::make_shared<Batch>(command);
+    for (std::size_t i = 0; i < keys; ++i) {
+      batch->add_key("k");
+      if (command != Command::get && command != Command::set) continue;
+      batch->add_segment(nullptr, kBytes);
+      batch->end_value();
+    }
+    if (!repeatable) batch->forbid_repeat();
+    CHECK(schedule
+              .submit(batch, ++id, queue, std::make_shared<const RetryPolicy>(std::move(policy)),
+                      deadline)
+              .ok());
+    return batch;
+  }
+  Schedule::Run pull(PrioritySet priorities, std::size_t requests = 100,
+                     std::uint64_t bytes = 1 << 30, Clock::time_point now = kNow) {
+    return schedule.pull(priorities, schedule.generation(), requests, bytes, now);
+  }
+
+  static constexpr std::size_t kBytes = 1000;
+  Schedule schedule;
+  std::shared_ptr<CompletionQueue> queue = std::make_shared<CompletionQueue>();
+  std::uint64_t id = 0;
+};
+
+using Ids = std::vector<std::uint64_t>;
+
+}  // namespace
+
+TEST(the_highest_class_that_a_lane_serves_goes_first_and_each_operation_once) {
+  Fixture f;
+  const auto store = f.submit(Command::set, 3);
+  const auto unlink = f.submit(Command::unlink, 1);
+  const auto get = f.submit(Command::get, 2);
+  const auto exists = f.submit(Command::exists, 5);
+  auto run = f.pull(kLookups);
+  CHECK(run.batch == exists.get() && run.first == 0 && run.count == 5);
+  CHECK(f.pull(kLookups).count == 0);
+  run = f.pull(kValues);
+  CHECK(run.batch == get.get() && run.first == 0 && run.count == 1);  // a share of two lanes
+  run = f.pull(kValues);
+  CHECK(run.batch == get.get() && run.first == 1 && run.count == 1);
+  run = f.pull(kValues);
+  CHECK(run.batch == store.get() && run.count == 2);
+  CHECK(f.pull(kValues).count == 0);  // one at a time, now that somebody reads
+  f.schedule.finish(*store, 2);
+  CHECK(f.pull(kValues).batch == store.get());
+  f.schedule.finish(*store, 1);
+  CHECK(f.pull(kValues).batch == unlink.get());
+  CHECK(!f.schedule.has_work(kLookups | kValues));
+  CHECK(f.queue->drain() == Ids{1});
+}
+
+TEST(no_more_is_pulled_than_there_is_room_for_but_one_always_is) {
+  Fixture f({kLookups | kValues});
+  f.submit(Command::get, 20);
+  CHECK(f.pull(kValues, 3).count == 3);
+  CHECK(f.pull(kValues, 100, 2 * Fixture::kBytes).count == 2);
+  CHECK(f.pull(kValues, 100, 1).count == 1);
+  CHECK(f.pull(kValues).count == 14);
+}
+
+TEST(a_retired_connection_pulls_no_more) {
+  Fixture f;
+  const std::uint64_t old = f.schedule.generation();
+  f.submit(Command::get, 2);
+  f.schedule.retire_connections();
+  CHECK(f.schedule.pull(kValues, old, 100, 1 << 30, kNow).count == 0);
+  CHECK(f.pull(kValues).count == 1);
+}
+
+TEST(what_comes_back_goes_again_as_often_as_its_policy_says) {
+  Fixture f;
+  const auto batch = f.submit(Command::exists, 1, {.retries = 2});
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    CHECK(f.pull(kLookups).count == 1);
+    CHECK(f.schedule.requeue(*batch, 0, true, true, Code::connection_lost));
+    CHECK(f.schedule.requeue(*batch, 0, true, false, Code::closed));  // costs no attempt
+    CHECK(f.pull(kLookups).count == 1);
+  }
+  CHECK(f.pull(kLookups).count == 1);
+  CHECK(!f.schedule.requeue(*batch, 0, true, true, Code::connection_lost));
+}
+
+TEST(stalls_and_losses_are_reasons_of_their_own) {
+  for (const bool stalled : {false, true}) {
+    Fixture f;
+    const auto batch = f.submit(Command::exists, 2,
+                                {.retries = 5, .connection_lost = !stalled, .stalled = stalled});
+    CHECK(f.pull(kLookups).count == 2);
+    CHECK(f.schedule.requeue(*batch, 0, true, true, Code::stalled) == stalled);
+    CHECK(f.schedule.requeue(*batch, 1, true, true, Code::connection_lost) != stalled);
+  }
+}
+
+TEST(what_must_not_be_repeated_goes_again_only_if_nothing_of_it_was_sent) {
+  Fixture f;
+  const auto batch = f.submit(Command::set, 1, {.retries = -1}, {}, false);
+  CHECK(f.pull(kValues).count == 1);
+  CHECK(f.schedule.requeue(*batch, 0, false, true, Code::connection_lost));
+  CHECK(f.pull(kValues).count == 1);
+  CHECK(!f.schedule.requeue(*batch, 0, true, true, Code::connection_lost));
+}
+
+TEST(the_next_attempt_waits_for_its_delay) {
+  Fixture f;
+  const auto batch = f.submit(Command::exists, 1, {.retries = -1, .delays = {10s, 20s}});
+  for (const auto delay : {10s, 20s, 20s}) {
+    CHECK(f.pull(kLookups).count == 1);
+    CHECK(f.schedule.requeue(*batch, 0, true, true, Code::connection_lost));
+    CHECK(f.pull(kLookups).count == 0);
+    const auto left = *f.schedule.next_due() - Clock::now();
+    CHECK(left > delay - 5s && left <= delay);
+    f.schedule.run_due(Clock::now());
+    CHECK(f.pull(kLookups).count == 0);
+    f.schedule.run_due(Clock::now() + delay);
+    CHECK(!f.schedule.next_due());
+  }
+  CHECK(f.pull(kLookups).count == 1);
+}
+
+TEST(a_batch_that_was_given_up_is_never_queued_again) {
+  for (const bool delayed : {false, true}) {
+    Fixture f;
+    RetryPolicy policy{.retries = -1};
+    if (delayed) policy.delays = {1s};
+    const auto batch = f.submit(Command::exists, 3, policy);
+    CHECK(f.pull(kLookups, 2).count == 2);
+    CHECK(f.schedule.requeue(*batch, 0, true, true, Code::connection_lost));
+    CHECK(f.schedule.abandon(1, {Code::cancelled, {}}));
+    CHECK(f.queue->drain().empty());  // one is with a worker
+    CHECK(!f.schedule.requeue(*batch, 1, true, true, Code::connection_lost));
+    f.schedule.finish(*batch, 1);
+    CHECK(f.queue->drain() == Ids{1});
+    CHECK(batch->status().code == Code::cancelled && f.schedule.batches() == 0);
+    CHECK(f.pull(kLookups).count == 0 && !f.schedule.next_due());
+    CHECK(!f.schedule.abandon(1, {Code::cancelled, {}}));
+  }
+}
+
+TEST(a_deadline_ends_a_batch_and_is_forgotten_with_it) {
+  Fixture f;
+  const auto late = f.submit(Command::exists, 1, {}, kNow + 1s);
+  const auto timely = f.submit(Command::exists, 1, {}, kNow + 2s);
+  CHECK(f.schedule.next_due() == kNow + 1s);
+  f.schedule.run_due(kNow + 1s);
+  CHECK(f.queue->drain() == Ids{1} && late->status().code == Code::timed_out);
+  CHECK(f.schedule.next_due() == kNow + 2s);
+  CHECK(f.pull(kLookups).batch == timely.get());
+  f.schedule.finish(*timely, 1);
+  CHECK(f.queue->drain() == Ids{2} && timely->status().ok());
+  CHECK(!f.schedule.next_due());
+}
+
+TEST(what_no_connection_serves_fails_with_the_connect_and_later_batches_get_a_try) {
+  Fixture f;
+  f.schedule.connected(1);
+  f.submit(Command::get, 1);
+  const auto old = f.submit(Command::exists, 1);
+  const auto later = f.submit(Command::exists, 1);
+  f.schedule.connect_failed(0, 2, {Code::connect_failed, "refused"}, 1s);
+  CHECK(f.queue->drain() == Ids{2} && old->status().code == Code::connect_failed);
+  CHECK(f.pull(kLookups).batch == later.get());
+  f.schedule.connect_failed(2, 3, {Code::connect_failed, "refused"}, 1s);
+  CHECK(f.queue->drain().empty());  // lane 1 will do it
+  f.schedule.lost(1);
+  f.schedule.connect_failed(2, 3, {Code::connect_failed, "refused"}, 1s);
+  CHECK(f.queue->drain() == Ids{1});
+}
+
+int main() {
+  return check::run_all();
+}

@@ -1,0 +1,153 @@
+// No wake-up is lost: work that somebody who sleeps could do does not wait for somebody who cannot.
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.hpp"
+#include "engine.hpp"
+#include "peer.hpp"
+
+using namespace fastkv;
+
+namespace {
+
+constexpr std::size_t kValueBytes = 3000;
+
+struct Call {
+  Call(Command command, std::size_t keys, const std::string& name = "k")
+      : batch(std::make_shared<Batch>(command)), memory(keys, std::string(kValueBytes, 'v')) {
+    for (std::string& value : memory) {
+      batch->add_key(name);
+      if (command != Command::get && command != Command::set) continue;
+      batch->add_segment(value.data(), value.size());
+      batch->end_value();
+    }
+  }
+  std::shared_ptr<Batch> batch;
+  std::vector<std::string> memory;
+};
+
+std::optional<std::string> answer(const std::vector<std::string>& words) {
+  if (words[0] == "GET") return bulk(std::string(kValueBytes, 'w'));
+  return words[0] == "SET" ? "+OK\r\n" : ":1\r\n";
+}
+
+void run(Engine& engine, Call& call, double seconds = 0) {
+  auto queue = std::make_shared<CompletionQueue>();
+  engine.submit(call.batch, next_id++, queue, retry(-1), seconds);
+  wait_for(*queue, 1);
+}
+
+// A lane for lookups, and a lane for values with each of two workers: 2 is the first worker's, as
+// the lookups' is, 1 the second's. A window of less than a value: one value at a time.
+class TwoWorkers {
+ public:
+  explicit TwoWorkers(Answer special) : engine_(2, 3, {1000, 64, 0}) {
+    connector_.emplace(engine_, [this, special](int connection, const auto& words) {
+      const auto said = special(connection, words);
+      return said ? said : answer(words);
+    });
+    // Until both lanes of values have connected.
+    while (connector_->asked() < 2) {
+      Call warm(Command::get, 20);
+      run(engine_, warm);
+    }
+    connector_->ignore();
+  }
+
+  Engine& engine() { return engine_; }
+  std::uint32_t lane_of(int connection) { return connector_->lane_of(connection); }
+
+ private:
+  Engine engine_;
+  std::optional<Connector> connector_;
+};
+
+}  // namespace
+
+TEST(a_worker_that_is_woken_and_cannot_work_wakes_the_next) {
+  std::atomic<bool> ended{false};
+  TwoWorkers* two = nullptr;
+  TwoWorkers made([&](int connection, const auto& words) -> std::optional<std::string> {
+    if (words[1] != "end" || two->lane_of(connection) != 2) return std::nullopt;
+    ended = true;
+    return *answer(words) + std::string(kHangUp);
+  });
+  two = &made;
+  while (!ended) {
+    Call end(Command::get, 8, "end");
+    run(made.engine(), end);
+  }
+  for (int i = 0; i < 20; ++i) {
+    Call call(Command::get, 1);
+    run(made.engine(), call);
+  }
+}
+
+TEST(what_comes_back_from_a_lost_connection_wakes_who_can_take_it) {
+  for (const std::uint32_t lane : {1u, 2u}) {
+    std::atomic<bool> ended{false};
+    TwoWorkers* two = nullptr;
+    TwoWorkers made([&](int connection, const auto& words) -> std::optional<std::string> {
+      if (words[1] != "end" || two->lane_of(connection) != lane || ended.exchange(true)) {
+        return std::nullopt;
+      }
+      std::this_thread::sleep_for(
+          std::chrono::milliseconds(20));  // the other worker sleeps by then
+      return std::string(kHangUp);
+    });
+    two = &made;
+    while (!ended) {
+      Call end(Command::get, 1 + lane, "end");
+      run(made.engine(), end);
+      CHECK(end.batch->status().ok());
+    }
+  }
+}
+
+TEST(a_store_that_was_held_back_goes_when_the_one_before_it_has_ended) {
+  for (int round = 0; round < 10; ++round) {
+    std::atomic<bool> ended{false};
+    TwoWorkers made([&](int, const auto& words) -> std::optional<std::string> {
+      if (words[0] != "SET" || ended.exchange(true)) return std::nullopt;
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      return "+OK\r\n" + std::string(kHangUp);
+    });
+    Call urgent(Command::get, 1);
+    run(made.engine(), urgent);
+    Call stores(Command::set, 2);
+    run(made.engine(), stores);
+    CHECK(stores.batch->status().ok());
+  }
+}
+
+TEST(a_deadline_wakes_the_worker_that_watches_it) {
+  // The first worker, which serves no value here, has the clock.
+  Engine engine(2, 2, {1000, 64, 0});
+  Connector connector(engine, [](int, const auto&) { return std::nullopt; });
+  Call call(Command::get, 1);
+  run(engine, call, 0.05);
+  CHECK(call.batch->status().code == Code::timed_out);
+}
+
+TEST(work_that_comes_while_a_worker_falls_asleep_is_seen) {
+  Engine engine(1, 1, {1000, 64, 0});
+  Connector connector(engine, [](int, const auto& words) { return answer(words); });
+  auto queue = std::make_shared<CompletionQueue>();
+  for (int i = 0; i < 30'000; ++i) {
+    // Not by the descriptor: the worker is to be met between its last look and its sleep.
+    Call call(Command::exists, 1);
+    engine.submit(call.batch, next_id++, queue, retry(0), 0);
+    const auto begin = Clock::now();
+    while (queue->drain().empty()) CHECK(Clock::now() - begin < std::chrono::seconds(20));
+  }
+}
+
+int main() {
+  return check::run_all();
+}
