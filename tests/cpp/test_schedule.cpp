@@ -18,7 +18,7 @@ const Clock::time_point kNow = Clock::now();
 
 struct Fixture {
   explicit Fixture(std::vector<PrioritySet> lanes = {kLookups, kValues, kValues})
-      : schedule(2, std::move(lanes), 0) {}
+      : schedule(2, std::move(lanes), 0, std::make_shared<Stats>()) {}
 
   std::shared_ptr<Batch> submit(Command command, std::size_t keys, RetryPolicy policy = {},
                                 std::optional<Clock::time_point> deadline = {},
