@@ -95,8 +95,8 @@ void Worker::loop() {
   bool woken = false;
   for (;;) {
     // What lies in OpenSSL's memory makes no socket readable.
-    turn_again_ = std::any_of(lanes_.begin(), lanes_.end(),
-                              [](const auto& lane) { return lane->reads_on; });
+    turn_again_ =
+        std::any_of(lanes_.begin(), lanes_.end(), [](const auto& lane) { return lane->reads_on; });
     flush_finished();  // before new work: somebody waits for it
     now_ = Clock::now();
     // From here on whoever queues work wakes us: see Inbox::asleep.
