@@ -18,7 +18,7 @@ std::uint64_t total_bytes(std::span<const Segment> value) noexcept {
 
 }  // namespace
 
-Session::Session() : scratch_(std::make_unique<std::byte[]>(kScratchBytes)) {}
+Session::Session() : scratch_(std::make_unique_for_overwrite<std::byte[]>(kScratchBytes)) {}
 
 // --- sending -----------------------------------------------------------------------------------
 

@@ -130,13 +130,16 @@ TEST(a_deadline_wakes_the_worker_that_watches_it) {
   // The first worker, which serves no value here, has the clock.
   Engine engine(2, 2, {1000, 64, 0});
   Connector connector(engine, [](int, const auto&) { return std::nullopt; });
-  Call call(Command::get, 1);
-  run(engine, call, 0.05);
-  CHECK(call.batch->status().code == Code::timed_out);
+  for (int i = 0; i < 3; ++i) {  // at first it may not sleep yet
+    Call call(Command::get, 1);
+    run(engine, call, 0.05);
+    CHECK(call.batch->status().code == Code::timed_out);
+  }
 }
 
 TEST(work_that_comes_while_a_worker_falls_asleep_is_seen) {
-  Engine engine(1, 1, {1000, 64, 0});
+  // The one lane for lookups is looked at first: the others give us time.
+  Engine engine(1, 100, {1000, 64, 0});
   Connector connector(engine, [](int, const auto& words) { return answer(words); });
   auto queue = std::make_shared<CompletionQueue>();
   for (int i = 0; i < 30'000; ++i) {
