@@ -19,8 +19,8 @@
 #include "check.hpp"
 #include "engine.hpp"
 
-// What the server says to a request of connection number so-and-so; nothing: it keeps silent. With
-// kHangUp at its end, it closes the connection afterwards.
+// What the server says to a request of connection number so-and-so; nothing: it never says
+// anything again. With kHangUp at its end, it closes the connection afterwards.
 inline constexpr std::string_view kHangUp = "(hangs up)";
 using Answer =
     std::function<std::optional<std::string>(int connection, const std::vector<std::string>&)>;
@@ -58,13 +58,18 @@ inline void serve(fastkv::UniqueFd socket, int connection, const Answer& answer,
   std::string in;
   char chunk[8192];
   std::size_t requests = 0;
+  bool silent = false;
   for (;;) {
     const ssize_t count = ::recv(socket.get(), chunk, sizeof chunk, 0);
     if (count <= 0) return;
     in.append(chunk, static_cast<std::size_t>(count));
     while (const auto words = take_request(in)) {
+      if (silent) continue;
       const auto reply = answer(connection, *words);
-      if (!reply) continue;
+      if (!reply) {
+        silent = true;
+        continue;
+      }
       std::string_view rest = *reply;
       bool last = ++requests > lifetime;
       if (last) rest = rest.substr(0, rest.size() / 2);
