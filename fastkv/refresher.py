@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import threading
@@ -138,7 +137,7 @@ class Refresher:
             if error is None:
                 waiter.done.set_result(None)
             else:
-                waiter.done.set_exception(copy.copy(error))
+                waiter.done.set_exception(error)
         with self._changed:
             self._looking = False
             self._changed.notify()

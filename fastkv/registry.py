@@ -55,7 +55,8 @@ def node_of(
             )
         node.users.add(client)
     if broken is not None:
-        logger.error("a native worker has died; its client starts new ones")
+        if not broken.closed:
+            logger.error("a native worker has died; its client starts new ones")
         broken.close()
     return node
 

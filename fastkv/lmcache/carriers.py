@@ -135,13 +135,15 @@ class Cluster:
             if self._closed:
                 raise _closed()
             if self._attempt is None:
-                self._attempt, self._under_way = Future(), True
+                attempt: Attempt = Future()
+                # May raise; then there is no attempt that anybody could wait for.
                 threading.Thread(
                     target=self._connect,
-                    args=(self._attempt,),
+                    args=(attempt,),
                     name="fastkv-cluster",
                     daemon=True,
                 ).start()
+                self._attempt, self._under_way = attempt, True
             if self._error is not None:
                 raise copy.copy(self._error)
             return self._attempt
