@@ -7,8 +7,8 @@ CPP := $(wildcard fastkv_ext/cpp/*.cpp)
 CXX ?= g++
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror -Wno-missing-field-initializers
 
-.PHONY: help demo bench bench-short bench-lmcache bench-vllm conformance test check lint test-cpp test-python asan tsan fuzz clang dev \
-	format clean
+.PHONY: help demo bench bench-short bench-lmcache bench-vllm conformance test check lint test-cpp test-python faults soak asan tsan \
+	fuzz clang dev format clean
 help:
 	@echo 'make demo    a KV cache through fastkv and redis-py, side by side'
 	@echo 'make bench   beside its peers and the raw ceiling, half an hour; bench-short: three minutes'
@@ -16,6 +16,7 @@ help:
 	@echo 'make bench-vllm  vLLM and LMCache with fastkv on the CPU, end to end; quarter of an hour'
 	@echo 'make test    lint, types, C++ tests, Python tests'
 	@echo 'make conformance  redis-py'"'"'s own tests with our classes, all of them, half an hour'
+	@echo 'make faults  networks, servers and callers that misbehave, the long form; make soak: ten minutes of it'
 	@echo 'make asan    C++ and Python tests under AddressSanitizer, LeakSanitizer and UBSan; make tsan: C++ tests under ThreadSanitizer'
 	@echo 'make fuzz    bytes from a hostile server for the codec and the session; FUZZ_SECONDS=60 each'
 	@echo 'make dev     editable build with assertions on'
@@ -150,6 +151,15 @@ $(FUZZED:%=fuzz-%): fuzz-%: tests/fuzz/fuzz_%.cpp $(FUZZ_OBJECTS)
 
 test-python: $(BIN)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# What `make test` does in a short form.
+faults: $(BIN)/.test
+	FASTKV_FAULTS=long $(BIN)/python -m pytest -n auto --dist load tests/faults
+
+# SOAK_SECONDS of mixed load with faults; plot and report land in build/soak.
+SOAK_SECONDS ?= 600
+soak: $(BIN)/.test
+	$(BIN)/python -m tests.faults.soak --seconds $(SOAK_SECONDS)
 
 # redis-py's own tests, with redis-py and with our classes in its place; then once more with our
 # threads alive in every client.

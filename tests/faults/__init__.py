@@ -1,0 +1,1 @@
+"""A hostile world: see README.md."""
