@@ -10,6 +10,8 @@ namespace {
 // way, or one value.
 constexpr auto kUrgent = std::chrono::milliseconds(200);
 constexpr std::uint64_t kUrgentStoreBytes = std::uint64_t{256} << 10;
+// What stores wait for loads, and for a store before them that gets no answer.
+constexpr auto kStorePatience = std::chrono::milliseconds(250);
 
 // Whether the caller of a batch that ended so might send it again, to another node, say. Then it
 // must not look so if an operation may have been done.
@@ -141,6 +143,7 @@ Schedule::Gauges Schedule::gauges() const {
 
 void Schedule::enqueue_locked(Batch& batch, std::size_t operations) {
   const auto priority = static_cast<std::size_t>(batch.priority());
+  if (batch.priority() == Priority::store && queued_[priority] == 0) stores_since_ = Clock::now();
   if (!batch.queued_) queues_[priority].push_back(&batch);
   batch.queued_ = true;
   queued_[priority] += operations;
@@ -252,48 +255,66 @@ bool Schedule::has_work(PrioritySet priorities) const noexcept {
   return (with_work() & priorities) != 0;
 }
 
+bool Schedule::stores_overdue(Clock::time_point now) const noexcept {
+  return has_work(priority_bit(Priority::store)) && now - stores_since_.load() >= kStorePatience;
+}
+
 Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
                              std::size_t max_requests, std::uint64_t max_bytes,
                              Clock::time_point now) {
+  constexpr PrioritySet kStores = priority_bit(Priority::store);
   std::lock_guard lock(mutex_);
   if (generation != generation_) return {};
-  for (std::size_t p = 0; p < kPriorities; ++p) {
-    const auto priority = static_cast<Priority>(p);
-    if (queues_[p].empty()) continue;
-    // Also if this lane may not carry it, because of the stores that it does: then no more of them.
-    if (priority != Priority::store) urgent_until_ = now + kUrgent;
-    if ((priorities & priority_bit(priority)) == 0) continue;
-    Batch& batch = *queues_[p].front();
-    if (priority == Priority::store && urgent(now)) {
-      if (stores_out_ > 0) return {};
-      max_bytes = std::min(max_bytes, kUrgentStoreBytes);
+  // Also if this lane may not carry it, because of the stores that it does: then no more of them.
+  if ((with_work() & ~kStores) != 0) urgent_until_ = now + kUrgent;
+  const bool stores_asked = (priorities & with_work() & kStores) != 0;
+  // One that gets no answer must not hold the others back for ever.
+  const bool one_out = stores_out_ > 0 && now - store_pulled_ < kStorePatience;
+  const bool stores_may = stores_asked && !(urgent(now) && one_out);
+  if (!stores_may || !stores_overdue(now)) {
+    for (const Priority priority : {Priority::lookup, Priority::retrieve}) {
+      if ((priorities & priority_bit(priority)) == 0 || !has_work(priority_bit(priority))) continue;
+      return take_locked(priority, max_requests, max_bytes);
     }
-    Run run{.batch = &batch};
-    if (!batch.again_.empty()) {
-      run.first = batch.again_.back();
-      run.count = 1;
-      batch.again_.pop_back();
-    } else {
-      const std::size_t lanes = lanes_serving(priority);
-      const std::size_t share = (queued_[p] + lanes - 1) / lanes;
-      const std::size_t most =
-          std::min({max_requests, std::max<std::size_t>(share, 1), batch.size() - batch.cursor_});
-      run.first = static_cast<std::uint32_t>(batch.cursor_);
-      for (std::uint64_t bytes = 0; run.count < most && (run.count == 0 || bytes < max_bytes);) {
-        bytes += batch.value_bytes(run.first + run.count);
-        ++run.count;
-      }
-      batch.cursor_ += run.count;
-    }
-    queued_[p] -= run.count;
-    if (priority == Priority::store) stores_out_ += run.count;
-    if (batch.again_.empty() && batch.cursor_ == batch.size()) {
-      queues_[p].pop_front();
-      batch.queued_ = false;
-    }
-    return run;
   }
-  return {};
+  if (stores_may) {
+    store_pulled_ = now;
+    if (urgent(now)) max_bytes = std::min(max_bytes, kUrgentStoreBytes);
+    return take_locked(Priority::store, max_requests, max_bytes);
+  }
+  if (!stores_asked) return {};
+  return {.retry_at = std::min(urgent_until_.load(), store_pulled_ + kStorePatience)};
+}
+
+// Of a queue that is not empty.
+Schedule::Run Schedule::take_locked(Priority priority, std::size_t max_requests,
+                                    std::uint64_t max_bytes) {
+  const auto p = static_cast<std::size_t>(priority);
+  Batch& batch = *queues_[p].front();
+  Run run{.batch = &batch};
+  if (!batch.again_.empty()) {
+    run.first = batch.again_.back();
+    run.count = 1;
+    batch.again_.pop_back();
+  } else {
+    const std::size_t lanes = lanes_serving(priority);
+    const std::size_t share = (queued_[p] + lanes - 1) / lanes;
+    const std::size_t most =
+        std::min({max_requests, std::max<std::size_t>(share, 1), batch.size() - batch.cursor_});
+    run.first = static_cast<std::uint32_t>(batch.cursor_);
+    for (std::uint64_t bytes = 0; run.count < most && (run.count == 0 || bytes < max_bytes);) {
+      bytes += batch.value_bytes(run.first + run.count);
+      ++run.count;
+    }
+    batch.cursor_ += run.count;
+  }
+  queued_[p] -= run.count;
+  if (priority == Priority::store) stores_out_ += run.count;
+  if (batch.again_.empty() && batch.cursor_ == batch.size()) {
+    queues_[p].pop_front();
+    batch.queued_ = false;
+  }
+  return run;
 }
 
 void Schedule::offer(Batch& batch, std::uint32_t index, const std::shared_ptr<RangedValue>& ranges,

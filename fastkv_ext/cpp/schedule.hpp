@@ -129,16 +129,21 @@ class Schedule {
     std::uint32_t first = 0;
     std::uint32_t count = 0;
     std::shared_ptr<RangedValue> joined;  // the operation is to help with this; null: to begin
+    Clock::time_point retry_at{};         // of none: ask again then, if not before
   };
   // At most a fair share of what is queued, so that the tail of a batch is spread over all lanes.
   // Nothing for a lane of an old generation. While there are lookups or retrieves, and for a while
   // after, one large store is on its way at a time: however many connections send, the server is
-  // one, and each of them would have it read megabytes before it looks at the next request.
+  // one, and each of them would have it read megabytes before it looks at the next request. Stores
+  // that are overdue come before retrieves, still one at a time, or retrieves without end would
+  // starve them.
   Run pull(PrioritySet priorities, std::uint64_t generation, std::size_t max_requests,
            std::uint64_t max_bytes, Clock::time_point now);
   bool has_work(PrioritySet priorities) const noexcept;
   // Somebody may wait for a lookup or a retrieve.
   bool urgent(Clock::time_point now) const noexcept { return now < urgent_until_.load(); }
+  // Stores have been queued for so long that one may stand behind what a connection reads.
+  bool stores_overdue(Clock::time_point now) const noexcept;
   // A large value that a lane has begun: idle ones may help(), once it is open. With a snapshot,
   // only those that lead to the same server for certain: two servers of one name may hold two
   // versions, and nobody touches either. `server` is empty as long as it is not known.
@@ -192,6 +197,7 @@ class Schedule {
   void came_back(Priority priority, std::size_t operations) noexcept;
   void drop_offers_locked(const Batch* of);
   void enqueue_locked(Batch& batch, std::size_t operations);
+  Run take_locked(Priority priority, std::size_t max_requests, std::uint64_t max_bytes);
   void abandon_batches(const Batches& batches, const Status& why);
   bool served_locked(Priority priority) const noexcept;
   std::size_t lanes_serving(Priority priority) const noexcept;
@@ -231,13 +237,15 @@ class Schedule {
   std::vector<Offer> offers_;
   std::vector<std::uint32_t> connect_requests_;
   std::vector<Notice> notices_;
-  std::vector<bool> connected_;  // by lane
+  std::vector<bool> connected_;     // by lane
+  Clock::time_point store_pulled_;  // the last of them
 
   // Operations queued, by priority. Written under mutex_; read without it as a hint whether pull
   // is worth the lock (see Inbox::asleep).
   std::array<std::atomic<std::size_t>, kPriorities> queued_{};
   std::atomic<std::size_t> offered_{0};            // offers_.size(), likewise
   std::atomic<Clock::time_point> urgent_until_{};  // written under mutex_
+  std::atomic<Clock::time_point> stores_since_{};  // they are queued; written under mutex_
   std::atomic<std::size_t> stores_out_{0};         // stores that were pulled and are not finished
 };
 

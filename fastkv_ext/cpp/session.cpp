@@ -431,6 +431,12 @@ Session::Abandoned Session::abandon(const void* owner) noexcept {
   return result;
 }
 
+bool Session::waited_behind_given_up() const noexcept {
+  return owes_given_up() && std::any_of(waiting_.begin(), waiting_.end(), [](const Waiting& one) {
+           return !one.abandoned && one.ticket.owner;
+         });
+}
+
 std::vector<Session::Lost> Session::reset(const Status& why, bool counted) {
   std::vector<Lost> lost;
   for (const Waiting& waiting : waiting_) {

@@ -151,6 +151,16 @@ class Session {
     return reading_ == Reading::body ? body_left_ + 2 : 1;
   }
   bool has_unsent() const noexcept { return written_ != queued_; }
+  // The oldest request is out: what is written now belongs to others, and moves it no further.
+  bool awaits_reply() const noexcept {
+    return !waiting_.empty() && waiting_.front().end_byte <= written_;
+  }
+  // The next reply is to an operation that was given up ...
+  bool owes_given_up() const noexcept {
+    return !waiting_.empty() && waiting_.front().abandoned && waiting_.front().ticket.owner;
+  }
+  // ... and somebody waits behind it.
+  bool waited_behind_given_up() const noexcept;
 
  private:
   // Our part in a GET in ranges. Its steps stand in waiting_, and point here.

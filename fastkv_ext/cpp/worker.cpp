@@ -20,6 +20,9 @@ constexpr std::size_t kTurnBytes = std::size_t{1} << 20;
 // Of a store, in one system call, while somebody waits for a lookup or a retrieve: what lies in the
 // server's socket is read before the next request is. Without need it would halve the rate of SETs.
 constexpr std::size_t kUrgentWrite = std::size_t{512} << 10;
+// What somebody waits, in silence, for the reply to an operation that another has given up. Then
+// the connection is taken for dead, as redis-py takes each whose caller has timed out.
+constexpr auto kGivenUpPatience = std::chrono::milliseconds(250);
 // Of a worker's own requests.
 constexpr std::uint32_t kHealthTicket = 0;
 constexpr std::uint32_t kServerTicket = 1;
@@ -101,6 +104,7 @@ void Worker::loop() {
     now_ = Clock::now();
     // From here on whoever queues work wakes us: see Inbox::asleep.
     inbox.asleep = true;
+    stores_held_until_.reset();
     std::size_t fed = 0;
     for (const auto& lane : lanes_) fed += feed(*lane);
     if (woken && fed == 0 && schedule_.has_work(inbox.priorities)) schedule_.pass_on(index_);
@@ -214,7 +218,7 @@ void Worker::transmit(Lane& lane) {
       return;
     }
     if (moved.bytes == 0) break;
-    lane.progress = now_;
+    if (!lane.session.awaits_reply()) lane.progress = now_;
     lane.session.commit_write(moved.bytes);
     total += moved.bytes;
   }
@@ -310,6 +314,7 @@ std::size_t Worker::feed(Lane& lane) {
     lane.generation = schedule_.request_connection(lane.number);
   }
   if (lane.state != State::connected || lane.checking) return 0;
+  if (waits_for_given_up(lane)) return 0;  // check_stalls is next
   Session& session = lane.session;
   if (idle && lane.health_interval.count() > 0 && now_ - lane.progress > lane.health_interval) {
     lane.checking = true;
@@ -326,10 +331,15 @@ std::size_t Worker::feed(Lane& lane) {
     PrioritySet priorities = lane.priorities;
     // What is wanted soon must not stand behind a store.
     if (session.stores() > 0) priorities = without(priorities, Priority::retrieve);
-    if (session.requests() > session.stores()) priorities = without(priorities, Priority::store);
+    if (session.requests() > session.stores() && !schedule_.stores_overdue(now_)) {
+      priorities = without(priorities, Priority::store);
+    }
     carried_ = schedule_.pull(priorities, lane.generation, window_.requests - session.requests(),
                               window_.bytes - std::min(window_.bytes, outstanding), now_);
-    if (carried_.count == 0) break;
+    if (carried_.count == 0) {
+      if (carried_.retry_at > now_) stores_held_until_ = carried_.retry_at;
+      break;
+    }
     fed += carried_.count;
     carry(lane);
   }
@@ -474,11 +484,15 @@ int Worker::next_timeout() const {
         lane->stall_timeout.count() > 0) {
       consider(lane->progress + lane->stall_timeout);
     }
+    if (lane->state == State::connected && lane->session.owes_given_up() && is_waited_for(*lane)) {
+      consider(lane->progress + kGivenUpPatience);
+    }
     if (lane->state == State::absent && lane->retry_at > now_ &&
         schedule_.has_work(lane->priorities)) {
       consider(lane->retry_at);
     }
   }
+  if (stores_held_until_) consider(*stores_held_until_);
   if (index_ == 0) {
     if (const auto due = schedule_.next_due()) consider(*due);
   }
@@ -489,18 +503,31 @@ int Worker::next_timeout() const {
   return static_cast<int>(std::min<std::int64_t>(left, 60'000));
 }
 
+// Somebody wants what the connection has to say, or to ask it something.
+bool Worker::is_waited_for(const Lane& lane) const noexcept {
+  return lane.session.waited_behind_given_up() || schedule_.has_work(lane.priorities);
+}
+
+bool Worker::waits_for_given_up(const Lane& lane) const noexcept {
+  return lane.session.owes_given_up() && now_ - lane.progress >= kGivenUpPatience &&
+         is_waited_for(lane);
+}
+
 void Worker::check_stalls() {
+  const auto is_late = [this](const Lane& lane) {
+    return lane.stall_timeout.count() > 0 && now_ - lane.progress >= lane.stall_timeout;
+  };
   for (const auto& lane : lanes_) {
-    if (lane->state != State::connected || lane->session.requests() == 0 ||
-        lane->stall_timeout.count() == 0 || now_ - lane->progress < lane->stall_timeout) {
-      continue;
-    }
+    if (lane->state != State::connected || lane->session.requests() == 0) continue;
+    if (!is_late(*lane) && !waits_for_given_up(*lane)) continue;
     receive(*lane);  // a few bytes may be there, see Stream::expect
-    if (!lane->stream || now_ - lane->progress < lane->stall_timeout) continue;
-    const bool writing = lane->session.has_unsent();
+    if (!lane->stream) continue;
+    const bool late = is_late(*lane);
+    if (!late && !waits_for_given_up(*lane)) continue;
+    const bool writing = !lane->session.awaits_reply();
     lose(*lane,
          {Code::stalled, writing ? "Timeout writing to socket" : "Timeout reading from socket"},
-         true);
+         late);
   }
 }
 

@@ -58,7 +58,9 @@ class Worker {
     bool reads_on = false;     // see Stream::holds_bytes
     Clock::duration stall_timeout{};
     Clock::duration health_interval{};
-    Clock::time_point progress;  // when a byte last moved, or the wait for one began
+    // When a byte last moved that is part of the oldest request or of its reply, or the wait for
+    // one began.
+    Clock::time_point progress;
     Clock::time_point retry_at;  // absent: not to be asked for before
   };
 
@@ -79,6 +81,8 @@ class Worker {
   void give_back(const Ticket& ticket, bool sent, bool counted, const Status& why);
   void abandon(Batch& batch);
   int next_timeout() const;
+  bool is_waited_for(const Lane& lane) const noexcept;
+  bool waits_for_given_up(const Lane& lane) const noexcept;
   void check_stalls();
   void finished(Batch* batch);
   void flush_finished();
@@ -96,6 +100,7 @@ class Worker {
   // Finished operations of one batch, counted here first: one atomic for many replies.
   Schedule::Run carried_;    // pulled, and not in a session yet
   bool turn_again_ = false;  // something changed that the loop must look at before it sleeps
+  std::optional<Clock::time_point> stores_held_until_;
   Batch* finished_batch_ = nullptr;
   std::size_t finished_count_ = 0;
 };

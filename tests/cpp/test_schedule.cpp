@@ -76,6 +76,33 @@ TEST(the_highest_class_that_a_lane_serves_goes_first_and_each_operation_once) {
   CHECK(f.queue->drain() == Ids{1});
 }
 
+TEST(stores_that_have_waited_long_go_before_loads_one_at_a_time) {
+  Fixture f;
+  const auto store = f.submit(Command::set, 3);
+  const auto get = f.submit(Command::get, 100);
+  const auto late = Clock::now() + 1s;
+  CHECK(!f.schedule.stores_overdue(kNow) && f.schedule.stores_overdue(late));
+  CHECK(f.pull(kValues).batch == get.get());
+  CHECK(f.pull(kValues, 1, 1 << 30, late).batch == store.get());
+  CHECK(f.pull(kValues, 1, 1 << 30, late).batch == get.get());
+  // One that gets no answer counts for a while only.
+  CHECK(f.pull(kValues, 1, 1 << 30, late + 1s).batch == store.get());
+  f.schedule.finish(*store, 2);
+  CHECK(f.pull(kValues, 1, 1 << 30, late + 1s).batch == store.get());
+  CHECK(!f.schedule.stores_overdue(late + 2s));
+}
+
+TEST(whoever_is_refused_a_store_is_told_when_to_ask_again) {
+  Fixture f;
+  const auto store = f.submit(Command::set, 2);
+  const auto get = f.submit(Command::get, 1);
+  CHECK(f.pull(kValues).batch == get.get());
+  CHECK(f.pull(kValues).batch == store.get());
+  const auto refused = f.pull(kValues);
+  CHECK(refused.count == 0 && refused.retry_at > kNow && refused.retry_at <= kNow + 1s);
+  CHECK(f.pull(kValues, 1, 1 << 30, refused.retry_at).batch == store.get());
+}
+
 TEST(no_more_is_pulled_than_there_is_room_for_but_one_always_is) {
   Fixture f({kLookups | kValues});
   f.submit(Command::get, 20);

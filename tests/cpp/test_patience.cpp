@@ -1,0 +1,226 @@
+// Nobody waits for ever: not behind a reply that was given up, not on a connection that takes what
+// is written and says nothing, not for the end of loads that never end.
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.hpp"
+#include "engine.hpp"
+#include "peer.hpp"
+
+using namespace fastkv;
+
+namespace {
+
+constexpr std::size_t kValueBytes = 3000;
+// One connection for lookups and one for values, or one for all.
+constexpr Window kWindow{1 << 20, 1024, 0};
+constexpr double kNever = 0;  // no stall time-out
+
+struct Call {
+  Call(Command command, std::size_t keys, const std::string& name = "k",
+       std::size_t bytes = kValueBytes)
+      : batch(std::make_shared<Batch>(command)), memory(keys, std::string(bytes, 'v')) {
+    for (std::string& value : memory) {
+      batch->add_key(name);
+      if (command != Command::get && command != Command::set) continue;
+      batch->add_segment(value.data(), value.size());
+      batch->end_value();
+    }
+  }
+  void submit(Engine& engine, double seconds = 0) {
+    id = next_id++;
+    CHECK(engine.submit(batch, id, queue, retry(0), seconds).ok());
+  }
+  Code wait() {
+    wait_for(*queue, 1);
+    return batch->status().code;
+  }
+
+  std::shared_ptr<Batch> batch;
+  std::shared_ptr<CompletionQueue> queue = std::make_shared<CompletionQueue>();
+  std::vector<std::string> memory;
+  std::uint64_t id = 0;
+};
+
+std::optional<std::string> answer(const std::vector<std::string>& words) {
+  if (words[0] == "GET") return bulk(std::string(kValueBytes, 'w'));
+  return words[0] == "SET" ? "+OK\r\n" : ":1\r\n";
+}
+
+}  // namespace
+
+TEST(what_stands_behind_a_reply_that_was_given_up_goes_elsewhere_if_none_comes) {
+  for (const Command command : {Command::get, Command::exists, Command::set}) {
+    std::atomic<bool> asked{false};
+    Engine engine(1, 1, kWindow, std::make_shared<Stats>());
+    Connector connector(
+        engine,
+        [&](int connection, const auto& words) -> std::optional<std::string> {
+          asked = true;
+          if (connection == 0) return std::nullopt;
+          return answer(words);
+        },
+        SIZE_MAX, kNever);
+    Call late(Command::get, 1);
+    Call behind(command, 3);
+    late.submit(engine, 0.3);
+    while (!asked) std::this_thread::yield();
+    behind.submit(engine);
+    CHECK(late.wait() == Code::timed_out);
+    // No attempt was used up: it has none to spare.
+    CHECK(behind.wait() == Code::ok);
+    Call later(command, 3);
+    later.submit(engine);
+    CHECK(later.wait() == Code::ok);
+    CHECK(connector.asked() == 2);
+  }
+}
+
+TEST(a_call_that_comes_after_one_was_given_up_waits_for_no_answer_to_that) {
+  std::atomic<int> asked{0};
+  Engine engine(1, 1, kWindow, std::make_shared<Stats>());
+  Connector connector(
+      engine,
+      [&](int connection, const auto& words) -> std::optional<std::string> {
+        ++asked;
+        if (connection == 0) return std::nullopt;
+        return answer(words);
+      },
+      SIZE_MAX, kNever);
+  Call given_up(Command::exists, 1);
+  given_up.submit(engine);
+  while (asked == 0) std::this_thread::yield();
+  engine.cancel(given_up.id);
+  CHECK(given_up.wait() == Code::cancelled);
+  Call next(Command::exists, 1);
+  next.submit(engine);
+  CHECK(next.wait() == Code::ok);
+}
+
+TEST(a_server_that_is_late_for_everybody_is_waited_for) {
+  std::atomic<bool> asked{false};
+  std::atomic<bool> go{false};
+  Engine engine(1, 1, kWindow, std::make_shared<Stats>());
+  Connector connector(
+      engine,
+      [&](int, const auto& words) -> std::optional<std::string> {
+        asked = true;
+        while (!go) std::this_thread::yield();
+        return answer(words);
+      },
+      SIZE_MAX, kNever);
+  Call call(Command::get, 3);
+  call.submit(engine);
+  while (!asked) std::this_thread::yield();
+  Call last(Command::exists, 1);
+  last.submit(engine, 0.6);
+  CHECK(last.wait() == Code::timed_out);
+  go = true;
+  CHECK(call.wait() == Code::ok);
+  CHECK(connector.asked() == 1);
+}
+
+TEST(bytes_that_are_taken_are_no_answer) {
+  std::atomic<bool> silent{false};
+  Engine engine(1, 1, kWindow, std::make_shared<Stats>());
+  Connector connector(
+      engine,
+      [&](int, const auto& words) -> std::optional<std::string> {
+        if (silent) return std::nullopt;
+        return answer(words);
+      },
+      SIZE_MAX, 0.3);
+  Call first(Command::exists, 1);
+  first.submit(engine);
+  CHECK(first.wait() == Code::ok);
+  silent = true;
+  Call unanswered(Command::exists, 1);
+  unanswered.submit(engine);
+  // As long as there is something to write, the peer takes it.
+  std::vector<std::unique_ptr<Call>> more;
+  const auto give_up = Clock::now() + std::chrono::seconds(10);
+  pollfd entry{unanswered.queue->fd(), POLLIN, 0};
+  while (::poll(&entry, 1, 50) == 0) {
+    CHECK(Clock::now() < give_up);
+    more.push_back(std::make_unique<Call>(Command::exists, 1));
+    more.back()->submit(engine);
+  }
+  CHECK(unanswered.wait() == Code::stalled);
+  engine.close();
+  for (const auto& call : more) call->wait();
+}
+
+TEST(a_long_store_that_is_being_taken_is_no_stall) {
+  Engine engine(1, 1, kWindow, std::make_shared<Stats>());
+  // The peer reads some MB a second under a sanitizer; the value is not out before the time-out.
+  Connector connector(engine, [](int, const auto& words) { return answer(words); }, SIZE_MAX, 0.1);
+  Call store(Command::set, 1, "k", std::size_t{64} << 20);
+  store.submit(engine);
+  CHECK(store.wait() == Code::ok);
+}
+
+TEST(loads_without_end_do_not_starve_a_store) {
+  for (const std::size_t connections : {1u, 3u}) {
+    Engine engine(1, connections, kWindow, std::make_shared<Stats>());
+    // The server is the slow one: no connection is ever without a load.
+    Connector connector(engine, [](int, const auto& words) {
+      if (words[0] == "GET") std::this_thread::sleep_for(std::chrono::microseconds(200));
+      return answer(words);
+    });
+    std::vector<std::unique_ptr<Call>> loads;
+    for (int i = 0; i < 8; ++i) {
+      loads.push_back(std::make_unique<Call>(Command::get, 200));
+      loads.back()->submit(engine);
+    }
+    Call store(Command::set, 5);
+    store.submit(engine);
+    const auto give_up = Clock::now() + std::chrono::seconds(20);
+    pollfd entry{store.queue->fd(), POLLIN, 0};
+    for (std::size_t next = 0; ::poll(&entry, 1, 0) == 0; next = (next + 1) % loads.size()) {
+      CHECK(Clock::now() < give_up);
+      CHECK(loads[next]->wait() == Code::ok);
+      loads[next] = std::make_unique<Call>(Command::get, 200);
+      loads[next]->submit(engine);
+    }
+    CHECK(store.wait() == Code::ok);
+    for (const auto& load : loads) CHECK(load->wait() == Code::ok);
+  }
+}
+
+TEST(a_store_on_a_silent_connection_does_not_hold_the_others_back) {
+  std::atomic<int> silent{-1};
+  // One request a connection, or what is stuck might have taken others with it.
+  Engine engine(1, 3, {1 << 20, 1, 0}, std::make_shared<Stats>());
+  Connector connector(
+      engine,
+      [&](int connection, const auto& words) -> std::optional<std::string> {
+        int none = -1;
+        if (words[0] == "SET" && words[1] == "stuck") {
+          silent.compare_exchange_strong(none, connection);
+        }
+        if (silent == connection) return std::nullopt;
+        return answer(words);
+      },
+      SIZE_MAX, kNever);
+  Call load(Command::get, 1);
+  load.submit(engine);
+  CHECK(load.wait() == Code::ok);  // from here on stores go one at a time
+  Call stuck(Command::set, 1, "stuck");
+  stuck.submit(engine);
+  while (silent < 0) std::this_thread::yield();
+  Call store(Command::set, 20);
+  store.submit(engine);
+  CHECK(store.wait() == Code::ok);
+  engine.close();
+  CHECK(stuck.wait() == Code::closed);
+}
+
+int main() {
+  return check::run_all();
+}
