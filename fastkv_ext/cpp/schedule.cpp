@@ -10,7 +10,9 @@ namespace {
 // way, or one value.
 constexpr auto kUrgent = std::chrono::milliseconds(200);
 constexpr std::uint64_t kUrgentStoreBytes = std::uint64_t{256} << 10;
-// What stores wait for loads, and for a store before them that gets no answer.
+// Without end, loads would starve stores: one has its turn so often. And so long they wait for one
+// before them that gets no answer.
+constexpr auto kStoreTurn = std::chrono::milliseconds(10);
 constexpr auto kStorePatience = std::chrono::milliseconds(250);
 
 // Whether the caller of a batch that ended so might send it again, to another node, say. Then it
@@ -256,7 +258,7 @@ bool Schedule::has_work(PrioritySet priorities) const noexcept {
 }
 
 bool Schedule::stores_overdue(Clock::time_point now) const noexcept {
-  return has_work(priority_bit(Priority::store)) && now - stores_since_.load() >= kStorePatience;
+  return has_work(priority_bit(Priority::store)) && now - stores_since_.load() >= kStoreTurn;
 }
 
 Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
@@ -269,7 +271,7 @@ Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
   if ((with_work() & ~kStores) != 0) urgent_until_ = now + kUrgent;
   const bool stores_asked = (priorities & with_work() & kStores) != 0;
   // One that gets no answer must not hold the others back for ever.
-  const bool one_out = stores_out_ > 0 && now - store_pulled_ < kStorePatience;
+  const bool one_out = stores_out_ > 0 && now - stores_since_.load() < kStorePatience;
   const bool stores_may = stores_asked && !(urgent(now) && one_out);
   if (!stores_may || !stores_overdue(now)) {
     for (const Priority priority : {Priority::lookup, Priority::retrieve}) {
@@ -278,12 +280,12 @@ Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
     }
   }
   if (stores_may) {
-    store_pulled_ = now;
+    stores_since_ = now;
     if (urgent(now)) max_bytes = std::min(max_bytes, kUrgentStoreBytes);
     return take_locked(Priority::store, max_requests, max_bytes);
   }
   if (!stores_asked) return {};
-  return {.retry_at = std::min(urgent_until_.load(), store_pulled_ + kStorePatience)};
+  return {.retry_at = std::min(urgent_until_.load(), stores_since_.load() + kStorePatience)};
 }
 
 // Of a queue that is not empty.

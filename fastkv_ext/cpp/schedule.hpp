@@ -134,15 +134,14 @@ class Schedule {
   // At most a fair share of what is queued, so that the tail of a batch is spread over all lanes.
   // Nothing for a lane of an old generation. While there are lookups or retrieves, and for a while
   // after, one large store is on its way at a time: however many connections send, the server is
-  // one, and each of them would have it read megabytes before it looks at the next request. Stores
-  // that are overdue come before retrieves, still one at a time, or retrieves without end would
-  // starve them.
+  // one, and each of them would have it read megabytes before it looks at the next request. A store
+  // that is overdue comes before retrieves, or retrieves without end would starve it.
   Run pull(PrioritySet priorities, std::uint64_t generation, std::size_t max_requests,
            std::uint64_t max_bytes, Clock::time_point now);
   bool has_work(PrioritySet priorities) const noexcept;
   // Somebody may wait for a lookup or a retrieve.
   bool urgent(Clock::time_point now) const noexcept { return now < urgent_until_.load(); }
-  // Stores have been queued for so long that one may stand behind what a connection reads.
+  // Stores have waited for so long that one may stand behind what a connection reads.
   bool stores_overdue(Clock::time_point now) const noexcept;
   // A large value that a lane has begun: idle ones may help(), once it is open. With a snapshot,
   // only those that lead to the same server for certain: two servers of one name may hold two
@@ -237,16 +236,16 @@ class Schedule {
   std::vector<Offer> offers_;
   std::vector<std::uint32_t> connect_requests_;
   std::vector<Notice> notices_;
-  std::vector<bool> connected_;     // by lane
-  Clock::time_point store_pulled_;  // the last of them
+  std::vector<bool> connected_;  // by lane
 
   // Operations queued, by priority. Written under mutex_; read without it as a hint whether pull
   // is worth the lock (see Inbox::asleep).
   std::array<std::atomic<std::size_t>, kPriorities> queued_{};
   std::atomic<std::size_t> offered_{0};            // offers_.size(), likewise
   std::atomic<Clock::time_point> urgent_until_{};  // written under mutex_
-  std::atomic<Clock::time_point> stores_since_{};  // they are queued; written under mutex_
-  std::atomic<std::size_t> stores_out_{0};         // stores that were pulled and are not finished
+  // Stores are queued since then, or one was pulled; likewise.
+  std::atomic<Clock::time_point> stores_since_{};
+  std::atomic<std::size_t> stores_out_{0};  // stores that were pulled and are not finished
 };
 
 }  // namespace fastkv

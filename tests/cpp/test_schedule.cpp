@@ -76,7 +76,7 @@ TEST(the_highest_class_that_a_lane_serves_goes_first_and_each_operation_once) {
   CHECK(f.queue->drain() == Ids{1});
 }
 
-TEST(stores_that_have_waited_long_go_before_loads_one_at_a_time) {
+TEST(a_store_that_has_waited_long_goes_before_loads) {
   Fixture f;
   const auto store = f.submit(Command::set, 3);
   const auto get = f.submit(Command::get, 100);
@@ -88,8 +88,9 @@ TEST(stores_that_have_waited_long_go_before_loads_one_at_a_time) {
   // One that gets no answer counts for a while only.
   CHECK(f.pull(kValues, 1, 1 << 30, late + 1s).batch == store.get());
   f.schedule.finish(*store, 2);
-  CHECK(f.pull(kValues, 1, 1 << 30, late + 1s).batch == store.get());
-  CHECK(!f.schedule.stores_overdue(late + 2s));
+  CHECK(f.pull(kValues, 1, 1 << 30, late + 1s).batch == get.get());  // it had its turn
+  CHECK(f.pull(kValues, 1, 1 << 30, late + 2s).batch == store.get());
+  CHECK(!f.schedule.stores_overdue(late + 3s));
 }
 
 TEST(whoever_is_refused_a_store_is_told_when_to_ask_again) {
