@@ -169,7 +169,7 @@ def test_sentinel_over_tls_and_after_a_failover(
                 assert got == stored
             sentinels.sentinels[0].call("FAILOVER", "mymaster")
             assert eventually(
-                lambda: sentinels.replication(sentinels.replica)["role"] == "master"
+                lambda: sentinels.replication(sentinels.replica).get("role") == "master"
             )
             got = [bytearray(300_000) for _ in KEYS]
             assert all(master.batch_tile_get(KEYS, got))
