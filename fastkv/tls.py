@@ -169,11 +169,17 @@ class _Password:
     """Of a key: what Python is given, and the ``value`` that it makes of it."""
 
     def __init__(self, given: Any) -> None:
-        self.given = self._ask if callable(given) else given
-        self.value = b"" if given is None or callable(given) else _octets(given)
+        self.given = self._ask if given is None or callable(given) else given
+        self.value = b"" if callable(self.given) else _octets(given)
         self._callable = given
 
     def _ask(self) -> bytes:
+        if self._callable is None:
+            # OpenSSL would ask at the terminal, on a thread of ours, and others wait.
+            raise ValueError(
+                "the key in ssl_keyfile or ssl_certfile is encrypted: expected "
+                "ssl_password, got none"
+            )
         self.value = _octets(self._callable())
         return self.value
 

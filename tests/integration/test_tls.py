@@ -501,6 +501,20 @@ def test_the_systems_authorities_are_pythons(
         assert UNKNOWN in str(error)
 
 
+def test_a_key_that_needs_a_password_and_gets_none_is_an_error(
+    make: Any, server: TlsServer, ids: Identities
+) -> None:
+    server.show(ids.server, tls_auth_clients="yes")
+    client = make(
+        host="localhost",
+        port=server.tls_port,
+        ssl=True,
+        **showing("encrypted_key_file")(ids),
+    )
+    with pytest.raises(ValueError, match="expected ssl_password, got none"):
+        client.batch_tile_exists(["k"])
+
+
 def test_a_password_may_be_asked_for(
     make: Any, server: TlsServer, ids: Identities
 ) -> None:
