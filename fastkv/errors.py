@@ -9,6 +9,7 @@ from redis.exceptions import (
     ConnectionError,
     InvalidResponse,
     RedisError,
+    ResponseError,
     TimeoutError,
 )
 
@@ -81,7 +82,10 @@ def tile_error(
 
 def error_of_reply(line: str) -> RedisError:
     """What redis-py raises for an error reply (the line without its ``-`` and CRLF)."""
-    error = BaseParser.parse_error(line)
+    try:
+        error = BaseParser.parse_error(line)
+    except ValueError:  # a MOVED or ASK that names no node
+        error = ResponseError(line)
     assert isinstance(error, RedisError)
     return error
 
@@ -103,4 +107,8 @@ def error_of_code(code: int, detail: str, keys: int, timeout: float) -> RedisErr
         return ConnectionError("The client was closed before the batch was complete.")
     if code == Code.INTERNAL_ERROR:
         return RedisError(f"fastkv worker died: {detail}")
+    # LOADING, NOAUTH: what the server said to one key ended the connection of others.
+    error = error_of_reply(detail)
+    if isinstance(error, ConnectionError):
+        return error
     return ConnectionError(detail or "Connection closed by server.")

@@ -1,7 +1,8 @@
 """Peers that do what real servers rarely do.
 
 `ScriptedPeer` follows a script and fails the test that leaves it. `ModelServer` answers
-from a dict, its replies cut at random places. Both answer redis-py's handshake.
+from a dict, its replies cut at random places; `OddServer` does, but for one reply. All
+answer redis-py's handshake.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import random
 import socket
 import struct
 import threading
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,10 @@ import hiredis
 _HANDSHAKE = {b"CLIENT", b"SELECT", b"AUTH", b"HELLO"}
 
 
+def _bulk(value: bytes) -> bytes:
+    return b"$%d\r\n%b\r\n" % (len(value), value)
+
+
 @dataclass
 class Step:
     """A command that must come, and what is done then."""
@@ -27,7 +32,7 @@ class Step:
     command: tuple[bytes, ...]
     payload: bytes = b""
     split: int = 0
-    end: str = ""  # "", "close" or "reset", after the payload
+    end: str = ""  # "", "close", "reset" or "silence", after the payload
     seen: threading.Event = field(default_factory=threading.Event)
     gate: threading.Event | None = None
 
@@ -46,10 +51,27 @@ class Step:
         self.end = "reset"
         return self
 
+    def silence(self) -> Step:
+        """Then say nothing, whatever comes."""
+        self.end = "silence"
+        return self
+
     def when(self, gate: threading.Event) -> Step:
         """Answer only once the gate is set."""
         self.gate = gate
         return self
+
+    def play(self, connection: socket.socket) -> bool:
+        """Answer; False: the connection is to end."""
+        size = self.split or max(1, len(self.payload))
+        for at in range(0, len(self.payload), size):
+            connection.sendall(self.payload[at : at + size])
+        if self.end == "reset":
+            linger = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        while self.end == "silence" and connection.recv(65536):
+            pass
+        return not self.end
 
 
 class _Peer:
@@ -71,6 +93,10 @@ class _Peer:
 
     def handshake(self, command: list[bytes]) -> bytes:
         return b"+OK\r\n"
+
+    def peek(self, connection: socket.socket, data: bytes) -> bool:
+        """Look at what has come, whole commands or not; False ends the connection."""
+        return True
 
     def _accept(self) -> None:
         while True:
@@ -94,9 +120,9 @@ class _Peer:
             while True:
                 try:
                     data = connection.recv(65536)
+                    if not data or not self.peek(connection, data):
+                        return
                 except OSError:
-                    return
-                if not data:
                     return
                 reader.feed(data)
                 while (command := reader.gets()) is not False:
@@ -161,13 +187,7 @@ class ScriptedPeer(_Peer):
         if step.gate is not None:
             self._gates.append(step.gate)
             step.gate.wait(10)
-        size = step.split or max(1, len(step.payload))
-        for at in range(0, len(step.payload), size):
-            connection.sendall(step.payload[at : at + size])
-        if step.end == "reset":
-            linger = struct.pack("ii", 1, 0)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        return not step.end
+        return step.play(connection)
 
     def __exit__(self, *details: Any) -> None:
         for gate in self._gates:
@@ -204,12 +224,13 @@ class ModelServer(_Peer):
         super().__init__()
 
     def _result(self, name: bytes, key: bytes, more: list[bytes]) -> bytes:
+        """The reply to a command."""
         if key in self.errors:
             return b"-" + self.errors[key] + b"\r\n"
         if name == b"GET":
             if key not in self.data:
                 return b"$-1\r\n"
-            return b"$%d\r\n%b\r\n" % (len(self.data[key]), self.data[key])
+            return _bulk(self.data[key])
         if name == b"SET":
             if (b"NX" in more[1:] and key in self.data) or (
                 b"XX" in more[1:] and key not in self.data
@@ -231,3 +252,66 @@ class ModelServer(_Peer):
             if end > begin:
                 connection.sendall(reply[begin:end])
         return True
+
+
+class OddServer(_Peer):
+    """Answers from a dict, in ranges too, but for the reply that a test makes odd.
+
+    Attributes:
+        data: Nobody writes to it while a value is read in ranges.
+        refused: Commands that are refused each time, and with which line.
+        counts: How often each command came.
+    """
+
+    def __init__(self) -> None:
+        self.data: dict[bytes, bytes] = {}
+        self.refused: dict[bytes, bytes] = {}
+        self.counts: Counter[bytes] = Counter()
+        self._odd: Step | None = None
+        self._before = 0  # answered as usual before it
+        self._usual = False
+        super().__init__()
+
+    def odd(self, command: str, nth: int = 1, usual: bool = False) -> Step:
+        """The ``nth`` command of that name from now on is answered otherwise; with
+        ``usual``, after the usual reply.
+        """
+        with self._lock:
+            self._odd, self._before = Step((command.encode(),)), nth - 1
+            self._usual = usual
+            return self._odd
+
+    def _result(self, name: bytes, key: bytes, more: list[bytes]) -> bytes:
+        self.counts[name] += 1
+        value = self.data.get(key)
+        if name in self.refused:
+            return b"-" + self.refused[name] + b"\r\n"
+        if name == b"GET":
+            return b"$-1\r\n" if value is None else _bulk(value)
+        if name == b"GETRANGE":
+            return _bulk((value or b"")[int(more[0]) : int(more[1]) + 1])
+        if name == b"SET":
+            self.data[key] = more[0]
+        if name == b"EXISTS":
+            return b":%d\r\n" % (value is not None)
+        if name == b"UNLINK":
+            return b":%d\r\n" % (self.data.pop(key, None) is not None)
+        if name == b"INFO":
+            return _bulk(b"# Server\r\nrun_id:abc\r\n")
+        return b"*0\r\n" if name == b"EXEC" else b"+OK\r\n"
+
+    def answer(self, connection: socket.socket, command: list[bytes]) -> bool:
+        self.commands.clear()  # they hold values
+        with self._lock:
+            reply = self._result(command[0], b"".join(command[1:2]), command[2:])
+            step = None
+            if self._odd is not None and self._odd.command[0] == command[0]:
+                if self._before == 0:
+                    step, self._odd = self._odd, None
+                    step.payload = self._usual * reply + step.payload
+                self._before -= 1
+        if step is None:
+            connection.sendall(reply)
+            return True
+        step.seen.set()
+        return step.play(connection)

@@ -36,7 +36,7 @@ void Session::end_inline(std::size_t begin) {
 
 void Session::push(const Operation& operation) {
   if (operation.ranges) {
-    readers_.push_back({.operation = operation, .first_byte = queued_});
+    readers_.push_back({.operation = operation, .first_byte = queued_, .tried_after = refusals_});
     if (operation.ranges->snapshot()) {
       // A second WATCH of a key is ignored: one that was left would stand for ours.
       if (std::exchange(unwatch_due_, false)) push({.command = Command::unwatch});

@@ -102,10 +102,14 @@ class Session {
   // Since the last call, something happened to a value that others read or could read, too: have
   // them pump().
   bool take_news() noexcept { return std::exchange(news_, false); }
-  // A server, proxy or ACL has refused a command that ranges need: use plain GETs here. Survives
-  // reset(), or each reconnect would try again.
-  bool ranges_refused() const noexcept { return ranges_refused_; }
-  // Once, when that has happened: the error line.
+  // A server, proxy or ACL has refused a command that ranges need. Whether it will the next time,
+  // too, no wording says for certain: one value is read whole by a plain GET, and after each
+  // further refusal in a row twice as many, before ranges are tried again. Survives reset(), or
+  // each reconnect would try at once.
+  bool ranges_refused() const noexcept { return whole_left_ > 0; }
+  // The same, asked for a value that would be read in ranges, and counted.
+  bool read_whole() noexcept { return whole_left_ > 0 && whole_left_-- > 0; }
+  // Once, when it is no single event: the error line.
   std::string take_refusal() noexcept { return std::exchange(refusal_, {}); }
 
   // What to send next, in order, at most so many bytes; commit_write says how much of it went out.
@@ -166,12 +170,14 @@ class Session {
   // Our part in a GET in ranges. Its steps stand in waiting_, and point here.
   struct Reader {
     Operation operation;
-    std::uint64_t first_byte = 0;  // as in Waiting
-    std::size_t unanswered = 0;    // steps pushed and not answered
-    bool watched = false;          // WATCH was answered
-    bool reading = false;          // a range was pushed
-    bool asked = false;            // no more steps follow
-    bool multi_refused = false;    // then EXEC is, too, and no transaction is open
+    std::uint64_t first_byte = 0;   // as in Waiting
+    std::size_t unanswered = 0;     // steps pushed and not answered
+    bool watched = false;           // WATCH was answered
+    bool reading = false;           // a range was pushed
+    bool asked = false;             // no more steps follow
+    std::uint32_t tried_after = 0;  // refusals_, when it was begun
+    bool refused = false;           // a step was
+    bool multi_refused = false;     // then EXEC is, too, and no transaction is open
     bool abandoned = false;
   };
   struct Waiting {
@@ -205,6 +211,7 @@ class Session {
   Status take_head(const ReplyHead& head);
   Status protocol_error(std::string_view why) const;
   Status take_step(const ReplyHead& head);
+  void refuse(Reader& reader, std::string_view line);
   void complete_step(bool fits);
   void complete_readers();
   void complete(Outcome outcome, std::int64_t actual_bytes = 0, std::string_view error = {});
@@ -212,7 +219,8 @@ class Session {
   std::deque<Waiting> waiting_;
   std::deque<Reader> readers_;  // elements do not move
   bool news_ = false;
-  bool ranges_refused_ = false;
+  std::uint32_t refusals_ = 0;    // of readers, with none between that was not refused
+  std::uint64_t whole_left_ = 0;  // values to read whole before ranges are tried again
   std::string refusal_;
   bool unwatch_due_ = false;  // a WATCH was left without its EXEC
   std::vector<Completed> completed_;

@@ -83,10 +83,7 @@ Status Session::take_step(const ReplyHead& head) {
   const Command command = front.command;
   if (head.type == Type::error) {
     if (command == Command::range) unread_ -= front.value_bytes;
-    // Unknown here, or not allowed to this user; not a matter of this key or this moment.
-    if (head.text.starts_with("ERR") || head.text.find("to run the") != std::string_view::npos) {
-      if (!std::exchange(ranges_refused_, true)) refusal_ = head.text.substr(0, kMaxError);
-    }
+    refuse(*front.reader, head.text);
     if (command == Command::multi) front.reader->multi_refused = true;
     // After a MULTI that was not, the server would go on to queue what we send.
     const bool in_multi = command == Command::exec && !front.reader->multi_refused;
@@ -130,6 +127,15 @@ Status Session::take_step(const ReplyHead& head) {
   }
 }
 
+void Session::refuse(Reader& reader, std::string_view line) {
+  reader.refused = true;
+  // Begun before the last refusal was known, it says nothing new.
+  if (reader.tried_after != refusals_) return;
+  constexpr std::uint32_t kMostDoublings = 20;
+  whole_left_ = std::uint64_t{1} << std::min(refusals_++, kMostDoublings);
+  if (refusals_ == 2) refusal_ = line.substr(0, kMaxError);
+}
+
 void Session::complete_step(bool fits) {
   Reader& reader = *waiting_.front().reader;
   if (waiting_.front().command == Command::watch) reader.watched = true;
@@ -141,7 +147,9 @@ void Session::complete_step(bool fits) {
 
 void Session::complete_readers() {
   while (!readers_.empty() && readers_.front().asked && readers_.front().unanswered == 0) {
-    retire(readers_.front());
+    Reader& reader = readers_.front();
+    if (reader.reading && !reader.refused && !reader.abandoned) refusals_ = 0;
+    retire(reader);
     readers_.pop_front();
   }
 }

@@ -369,7 +369,7 @@ void Worker::carry(Lane& lane) {
     if (carried_.joined) {
       operation.ranges = std::exchange(carried_.joined, nullptr);
       operation.helping = true;
-    } else if (lane.session.ranges_refused()) {
+    } else if (operation.ranges && lane.session.read_whole()) {
       operation.ranges = nullptr;
     }
     --carried_.count;

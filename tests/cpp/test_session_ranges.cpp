@@ -1,6 +1,7 @@
 // Sessions that read values in ranges, alone and several together.
 #include <algorithm>
 #include <array>
+#include <deque>
 #include <memory>
 #include <random>
 #include <string>
@@ -164,7 +165,7 @@ TEST(a_watch_that_was_left_is_undone_before_the_next) {
   CHECK(second.text() == std::string(30'000, 'y'));
 }
 
-TEST(a_refused_step_is_a_misfit_and_remembered) {
+TEST(a_refused_step_is_a_misfit) {
   // WATCH, four ranges, MULTI, EXEC.
   for (std::size_t refused = 0; refused < 7; ++refused) {
     for (const std::string why :
@@ -179,11 +180,56 @@ TEST(a_refused_step_is_a_misfit_and_remembered) {
       Status status;
       for (const std::string& reply : replies) status = feed(session, reply);
       CHECK(completed(session)[0].outcome == Outcome::misfit);
-      CHECK(session.ranges_refused() == why.starts_with("-ERR"));
+      CHECK(session.ranges_refused());
       CHECK(status.ok() == (refused != 6));  // a connection may be left inside MULTI
       CHECK(session.outstanding_bytes() == 0);
     }
   }
+}
+
+TEST(each_refusal_in_a_row_makes_twice_as_many_values_be_read_whole_and_a_success_forgets) {
+  Session session;
+  Memory memory(30'000);
+  const auto try_ranges = [&](bool refused) {
+    session.push(in_ranges(memory, true));
+    session.pump(1 << 20);
+    auto replies = replies_to(sent(session), std::string(30'000, 'x'));
+    if (refused) {
+      // All that a backend does while it is away: one refusal.
+      std::fill(replies.begin(), replies.begin() + 5, "-ERR backend unavailable\r\n");
+    }
+    for (const std::string& reply : replies) CHECK(feed(session, reply).ok());
+    CHECK(completed(session)[0].outcome == (refused ? Outcome::misfit : Outcome::hit));
+  };
+  const auto read_whole = [&] {
+    std::size_t values = 0;
+    while (session.read_whole()) ++values;
+    return values;
+  };
+  for (int round = 0; round < 2; ++round) {
+    for (std::size_t whole = 1; whole <= 1 << 6; whole *= 2) {
+      try_ranges(true);
+      // A new connection leads to the same server.
+      if (whole == 4) session.reset({Code::connection_lost, {}}, true);
+      CHECK(session.ranges_refused());
+      CHECK(session.take_refusal() == (whole == 2 ? "ERR backend unavailable" : ""));
+      CHECK(read_whole() == whole && !session.ranges_refused());
+    }
+    try_ranges(false);
+    CHECK(!session.ranges_refused());
+  }
+}
+
+TEST(values_that_were_asked_for_at_once_are_refused_once) {
+  Session session;
+  std::deque<Memory> memories;
+  for (int i = 0; i < 5; ++i) {
+    session.push(in_ranges(memories.emplace_back(30'000), true));
+    session.pump(1 << 20);
+  }
+  sent(session);
+  for (int i = 0; i < 5 * 7; ++i) CHECK(feed(session, "-LOADING wait\r\n").ok());
+  CHECK(session.read_whole() && !session.read_whole());
 }
 
 TEST(abandoned_ranges_are_not_written_and_no_more_are_asked_for) {

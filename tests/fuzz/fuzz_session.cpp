@@ -294,7 +294,7 @@ class Run {
   }
 
   void push_ranged(Link& link) {
-    if (link.session.pumping() || link.session.ranges_refused()) return;
+    if (link.session.pumping() || link.session.read_whole()) return;
     const std::size_t how = input_.byte();
     Work& work = add(Command::get, how >> 7);
     work.make_memory(cut(RangedValue::kEndBytes + 1 + input_.byte() * 20));
