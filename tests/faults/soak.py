@@ -40,6 +40,7 @@ import fastkv
 import fastkv.asyncio
 from fastkv.cli.private_server import PrivateServer, ServerBinary, find_servers
 from tests.conftest import eventually, fastkv_threads, open_fds
+from tests.faults.calls import is_pinned, memory
 from tests.faults.proxy import Fault, Proxy
 from tests.tls import Authority, server_arguments, speaks_tls
 
@@ -125,11 +126,12 @@ class Owner:
                 self._keys[i] = self._new(key.size, key.immutable)
         return Call(self, self.random.sample(self._keys, self.random.randrange(1, 6)))
 
-    def watch(self, memory: list[bytearray]) -> None:
+    def watch(self, buffers: list[bytearray]) -> None:
         """It is ours again: nobody else may write it."""
-        for buffer in memory:
+        for buffer in buffers:
             pattern, size = self.random.randrange(256), len(buffer)
-            if not eventually(lambda buffer=buffer: resizable(buffer)):  # type: ignore[misc]
+            # What was cancelled may be so for a moment.
+            if not eventually(lambda buffer=buffer: not is_pinned(buffer)):
                 self.world.violation("memory stays pinned")
                 return
             buffer[:] = bytes([pattern]) * size
@@ -149,15 +151,6 @@ class Owner:
             self.look()
 
 
-def resizable(buffer: bytearray) -> bool:
-    try:
-        buffer.append(0)
-    except BufferError:
-        return False
-    buffer.pop()
-    return True
-
-
 class Call:
     """What is called, and what may come of it."""
 
@@ -173,9 +166,9 @@ class Call:
         if self.command == "set":
             for key in keys:
                 key.versions += 1
-            self.memory = [bytearray(key.value(key.versions)) for key in keys]
+            self.memory = [memory(key.value(key.versions)) for key in keys]
         elif self.command == "get":
-            self.memory = [bytearray(b"\xa5" * key.size) for key in keys]
+            self.memory = [memory(b"\xa5" * key.size) for key in keys]
             options["immutable"] = all(key.immutable for key in keys)
         if self.memory:
             self.arguments = (*self.arguments, self.memory)
@@ -225,7 +218,7 @@ class Call:
             key.restarts = self.restarts
 
     def _returned(
-        self, key: Key, hit: bool, memory: bytearray | None, quiet: bool
+        self, key: Key, hit: bool, got: bytearray | None, quiet: bool
     ) -> None:
         possible = key.now | key.late
         if self.command == "set":
@@ -248,8 +241,8 @@ class Call:
             key.now = {None}
         else:
             there = {version for version in possible if version is not None}
-            if memory is not None:
-                there = {v for v in there if memory == key.value(v)}
+            if got is not None:
+                there = {v for v in there if got == key.value(v)}
             if not there:
                 self.world.violation(
                     f"{key.name}: wrong bytes, or there and not stored"

@@ -19,7 +19,7 @@ from redis.exceptions import ConnectionError, TimeoutError
 
 from fastkv.cli.private_server import PrivateServer
 from tests.conftest import eventually
-from tests.faults.calls import WAYS
+from tests.faults.calls import WAYS, is_pinned, memory
 from tests.faults.conftest import LONG
 from tests.faults.proxy import Fault, Proxy
 
@@ -100,12 +100,12 @@ class Machine(RuleBasedStateMachine):
         self.now[name] = states
 
     def call(
-        self, name: str, names: list[str], *memory: list[bytearray], **kwargs: Any
+        self, name: str, names: list[str], *buffers: list[bytearray], **kwargs: Any
     ) -> list[bool] | None:
         """None: it failed, as it may if there was a fault."""
         result = None
         try:
-            result = self.caller(f"batch_tile_{name}", names, *memory, **kwargs)
+            result = self.caller(f"batch_tile_{name}", names, *buffers, **kwargs)
         except (ConnectionError, TimeoutError) as error:
             # A busy machine is silent for a while, too.
             late = isinstance(error, TimeoutError) or "is unknown" in str(error)
@@ -113,26 +113,26 @@ class Machine(RuleBasedStateMachine):
             self.fault = True
         return result
 
-    def give_back(self, memory: list[bytearray]) -> None:
+    def give_back(self, buffers: list[bytearray]) -> None:
         """The caller does with it what it likes."""
-        for buffer in memory:
-            pattern, size = self.random.randrange(256), len(buffer)
-            buffer.clear()
-            buffer.extend(bytes([pattern]) * size)
+        for buffer in buffers:
+            assert not is_pinned(buffer)
+            pattern = self.random.randrange(256)
+            buffer[:] = bytes([pattern]) * len(buffer)
             self.given.append((buffer, pattern))
 
     # --- what the client does --------------------------------------------------------
 
     @rule(names=keys, immutable=st.booleans(), timeout=st.sampled_from([None, 0.02]))
     def get(self, names: list[str], immutable: bool, timeout: float | None) -> None:
-        memory = [bytearray(value) for value in self.values(names)]
-        hits = self.call("get", names, memory, immutable=immutable, timeout=timeout)
+        buffers = [memory(value) for value in self.values(names)]
+        hits = self.call("get", names, buffers, immutable=immutable, timeout=timeout)
         for name, buffer, hit in zip(
-            names, memory, hits or [], strict=hits is not None
+            names, buffers, hits or [], strict=hits is not None
         ):
             got = bytes(buffer) if hit else None
             self.found(name, {got} & self.possible(name))
-        self.give_back(memory)
+        self.give_back(buffers)
 
     @rule(
         names=keys,
@@ -141,11 +141,11 @@ class Machine(RuleBasedStateMachine):
     )
     def set(self, names: list[str], when: str | None, timeout: float | None) -> None:
         new = self.values(names)
-        memory = [bytearray(value) for value in new]
+        buffers = [memory(value) for value in new]
         options = {when: True} if when else {}
-        hits = self.call("set", names, memory, timeout=timeout, **options)
-        assert memory == new
-        self.give_back(memory)
+        hits = self.call("set", names, buffers, timeout=timeout, **options)
+        assert buffers == new
+        self.give_back(buffers)
         for i, (name, value) in enumerate(zip(names, new, strict=True)):
             fits = {
                 state
