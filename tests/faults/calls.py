@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import redis
 import redis.asyncio.retry
-from redis.backoff import NoBackoff
+from redis.backoff import AbstractBackoff, NoBackoff
 from redis.exceptions import ConnectionError, TimeoutError
 from redis.retry import Retry
 
@@ -23,6 +23,8 @@ import fastkv.asyncio
 PATIENCE = 30.0
 
 COMMANDS = ("get", "get immutable", "set", "set nx", "exists", "delete")
+
+AT_ONCE = NoBackoff()
 
 _number = itertools.count()
 
@@ -56,7 +58,7 @@ class Caller(Protocol):
     client: Any
 
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> list[bool]: ...
-    def retries(self, count: int) -> None: ...
+    def retries(self, count: int, backoff: AbstractBackoff = ...) -> None: ...
     def close(self) -> None: ...
 
 
@@ -74,8 +76,8 @@ class Futures:
         result: list[bool] = future.result()
         return result
 
-    def retries(self, count: int) -> None:
-        self.client.set_retry(Retry(NoBackoff(), count))
+    def retries(self, count: int, backoff: AbstractBackoff = AT_ONCE) -> None:
+        self.client.set_retry(Retry(backoff, count))
 
     def close(self) -> None:
         self.client.close()
@@ -119,8 +121,8 @@ class Awaited:
 
         return self._loop.run_until_complete(call())
 
-    def retries(self, count: int) -> None:
-        self.client.set_retry(redis.asyncio.retry.Retry(NoBackoff(), count))
+    def retries(self, count: int, backoff: AbstractBackoff = AT_ONCE) -> None:
+        self.client.set_retry(redis.asyncio.retry.Retry(backoff, count))
 
     def close(self) -> None:
         self._loop.run_until_complete(self.client.aclose())

@@ -205,6 +205,11 @@ class Machine(RuleBasedStateMachine):
             self.now[name] = {value}
 
     @rule()
+    def resume(self) -> None:
+        """What was stalled arrives, late."""
+        self.proxy.heal()
+
+    @rule()
     def heal(self) -> None:
         """Afterwards nothing is on its way: it has arrived, or is lost."""
         self.proxy.heal()
@@ -250,7 +255,7 @@ def test_a_client_is_a_dict_whatever_the_network_does(
         run_state_machine_as_test(
             Machine,
             settings=hypothesis.settings(
-                max_examples=500 if LONG else 40,
+                max_examples=300 if LONG else 40,
                 stateful_step_count=40 if LONG else 20,
                 deadline=None,
                 suppress_health_check=list(hypothesis.HealthCheck),

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import itertools
 import os
 import random
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 import redis
+from redis.backoff import ConstantBackoff, NoBackoff
 from redis.exceptions import ConnectionError, TimeoutError
 
 from fastkv.cli.private_server import ServerBinary
@@ -112,10 +115,13 @@ def told(*facts: object) -> Iterator[None]:
 
 
 def some(line: Line, random_: random.Random, total: int, count: int) -> list[int]:
-    """Offsets: each, or a sample of them."""
+    """Offsets: each, or a sample. Most is said at the ends; between them are values."""
     if LONG:
         count = 2600 if line.thorough else 10 * count
-    return random_.sample(range(total), min(count, total))
+    if count >= total:
+        return random_.sample(range(total), total)
+    ends = [*range(min(120, total)), *range(max(0, total - 120), total)]
+    return [random_.choice(random_.choice([range(total), ends])) for _ in range(count)]
 
 
 def bytes_of_a_call(
@@ -185,7 +191,7 @@ def test_a_connection_may_end_at_every_byte(
         for caller in callers:
             totals = bytes_of_a_call(line, caller, random_, command, SIZES)
         for up, total in zip((True, False), totals, strict=True):
-            for at in some(line, random_, total, 6):
+            for at in some(line, random_, total, 14):
                 caller, fault = random_.choice(callers), Fault(kind, at, up)
                 retries = random_.choice([0, 2])
                 with told(caller, fault, retries):
@@ -342,6 +348,7 @@ def random_fault(random_: random.Random, total: int, kinds: list[str]) -> Fault:
 
 
 KINDS = ["cut", "reset", "stall", "delay", "split"]
+BACKOFFS = [NoBackoff(), ConstantBackoff(0.002)]
 
 
 @pytest.mark.timeout(1800)
@@ -410,7 +417,7 @@ def test_a_crowd_on_a_network_that_fails_all_the_time(line: Line) -> None:
             told(settings, fault),
             calling(["futures"], line, **settings, **CALM) as (caller,),
         ):
-            caller.retries(OFTEN)
+            caller.retries(OFTEN, random_.choice(BACKOFFS))
             line.proxy.inject(fault)
             with concurrent.futures.ThreadPoolExecutor(24) as pool:
                 for done in [pool.submit(trial.run, caller) for trial in trials]:
@@ -421,3 +428,78 @@ def test_a_crowd_on_a_network_that_fails_all_the_time(line: Line) -> None:
                 if COMMANDS[i % len(COMMANDS)] != "set nx":
                     assert trial.error is None, repr(trial.error)
                 trial.settle(repeated=True)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("range_bytes", [4096, 65536])
+def test_a_value_that_changes_while_connections_break_is_of_one_version(
+    line: Line, range_bytes: int
+) -> None:
+    random_ = random.Random(f"{SEED} {range_bytes}")
+    size = 700_000
+    stop = threading.Event()
+
+    def write() -> None:
+        for number in itertools.count(1):
+            line.plain.set("k", bytes([number % 256]) * size)
+            if stop.wait(random_.choice([0, 0.001, 0.005])):
+                return
+
+    writer = threading.Thread(target=write)
+    line.plain.set("k", b"\0" * size)
+    with calling(list(WAYS), line, tile_range_bytes=range_bytes, **CALM) as callers:
+        writer.start()
+        try:
+            for _ in range(400 if LONG else 15):
+                fault = replace(
+                    random_fault(random_, size, ["cut", "reset", "delay"]),
+                    up=random_.random() < 0.2,
+                )
+                caller = random_.choice(callers)
+                buffer = bytearray(random_.randbytes(1) * size)
+                with told(fault):
+                    caller.retries(OFTEN)
+                    line.proxy.inject(fault)
+                    assert caller("batch_tile_get", ["k"], [buffer]) == [True]
+                    line.proxy.heal()
+                    assert buffer.count(buffer[0]) == size, "two versions"
+        finally:
+            stop.set()
+            writer.join()
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_bit_that_is_changed_under_tls_is_noticed(
+    request: pytest.FixtureRequest, no_leaks: None, command: str
+) -> None:
+    server, trusted = request.getfixturevalue("secure")
+    random_ = random.Random(f"{SEED} {command}")
+    with server.client() as plain, Proxy(("127.0.0.1", server.tls_port)) as proxy:
+        tls = {"ssl": True, "ssl_ca_certs": trusted}
+        line = Line(proxy, plain, {**proxy.kwargs, **tls}, thorough=LONG)
+        with calling(list(WAYS), line, **SINGLE, **BRISK) as callers:
+            for caller in callers:
+                caller.retries(OFTEN)
+                totals = bytes_of_a_call(line, caller, random_, command, SIZES)
+            for up, total in zip((True, False), totals, strict=True):
+                for at in some(line, random_, total, 3):
+                    caller, fault = random_.choice(callers), Fault("flip", at, up)
+                    retries = random_.choice([0, OFTEN])
+                    with told(caller, fault, retries):
+                        trials = [
+                            Trial(line.plain, random_, command, SIZES) for _ in "ab"
+                        ]
+                        proxy.inject(fault)
+                        caller.retries(retries)
+                        trials[0].run(caller)
+                        assert proxy.struck.is_set()
+                        proxy.heal()
+                        caller.retries(OFTEN)
+                        trials[1].run(caller)
+                        assert (trials[0].error is None) == (retries > 0) or (
+                            "is unknown" in str(trials[0].error)
+                        )
+                        assert trials[1].error is None, repr(trials[1].error)
+                        for trial in trials:
+                            trial.settle(repeated=True)
