@@ -479,10 +479,10 @@ def soak(seconds: float, seed: int, folder: Path) -> int:
             "tile_range_bytes": 20_000,
         }
         clients = [
-            fastkv.Redis(**settings, socket_timeout=0.5)
+            fastkv.Redis(**settings, socket_timeout=0.5, tile_workers=3)
             for settings in (safe, once, often)
         ]
-        awaited = fastkv.asyncio.Redis(**some, socket_timeout=0.5)
+        awaited = fastkv.asyncio.Redis(**some, socket_timeout=0.5, tile_workers=3)
         load: list[tuple[Any, ...]] = [
             *((block, clients[0], i) for i in range(2)),
             *((block, clients[1], i) for i in range(2, 4)),

@@ -63,6 +63,7 @@ class Machine(RuleBasedStateMachine):
 
     @hypothesis.stateful.initialize(
         way=st.sampled_from(list(WAYS)),
+        workers=st.integers(1, 4),
         connections=st.integers(1, 4),
         range_bytes=st.sampled_from([0, 64, 4096, 65536]),
         window_bytes=st.sampled_from([1, 65536]),
@@ -72,6 +73,7 @@ class Machine(RuleBasedStateMachine):
     def begin(
         self,
         way: str,
+        workers: int,
         connections: int,
         range_bytes: int,
         window_bytes: int,
@@ -81,6 +83,7 @@ class Machine(RuleBasedStateMachine):
         self.random = random.Random(seed)
         self.caller = WAYS[way](
             **self.proxy.kwargs,
+            tile_workers=workers,
             tile_connections=connections,
             tile_range_bytes=range_bytes,
             tile_window_bytes=window_bytes,
