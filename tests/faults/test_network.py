@@ -436,13 +436,43 @@ def test_a_crowd_on_a_network_that_fails_all_the_time(line: Line) -> None:
                 trial.settle(repeated=True)
 
 
+# So little that all connections are needed.
+SHARED = {"tile_range_bytes": 4096, "tile_window_bytes": 4096, "tile_connections": 4}
+
+
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("range_bytes", [4096, 65536])
-def test_a_value_that_changes_while_connections_break_is_of_one_version(
-    line: Line, range_bytes: int
+@pytest.mark.parametrize("immutable", [False, True])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_value_that_connections_share_survives_the_loss_of_some(
+    line: Line, workers: int, immutable: bool
 ) -> None:
-    random_ = random.Random(f"{SEED} {range_bytes}")
-    size = 700_000
+    random_ = random.Random(f"{SEED} {workers} {immutable}")
+    size = 300_000
+    command = "get immutable" if immutable else "get"
+    with calling(list(WAYS), line, **SHARED, **CALM, tile_workers=workers) as callers:
+        for caller in callers:
+            caller.retries(OFTEN)
+            for _ in range(200 if LONG else 8):
+                fault = replace(
+                    random_fault(random_, size // 4, ["cut", "reset"]),
+                    up=random_.random() < 0.2,
+                )
+                with told(caller, fault):
+                    trial = Trial(line.plain, random_, command, [size])
+                    line.proxy.inject(fault)
+                    trial.run(caller)
+                    assert trial.error is None, repr(trial.error)
+                    line.proxy.heal()
+                    trial.settle()
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_value_that_changes_while_connections_break_is_of_one_version(
+    line: Line, workers: int
+) -> None:
+    random_ = random.Random(f"{SEED} {workers}")
+    size = 300_000
     stop = threading.Event()
 
     def write() -> None:
@@ -453,13 +483,12 @@ def test_a_value_that_changes_while_connections_break_is_of_one_version(
 
     writer = threading.Thread(target=write)
     line.plain.set("k", b"\0" * size)
-    settings = {"tile_range_bytes": range_bytes, "tile_workers": 3}
-    with calling(list(WAYS), line, **settings, **CALM) as callers:
+    with calling(list(WAYS), line, **SHARED, **CALM, tile_workers=workers) as callers:
         writer.start()
         try:
             for _ in range(400 if LONG else 15):
                 fault = replace(
-                    random_fault(random_, size, ["cut", "reset", "delay"]),
+                    random_fault(random_, size // 4, ["cut", "reset", "delay"]),
                     up=random_.random() < 0.2,
                 )
                 caller = random_.choice(callers)
