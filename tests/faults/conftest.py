@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-#: The long form, `make faults`. The short one, in `make test`, draws fewer cases.
+#: The long form, `make faults`. The short one, part of `make test`, draws fewer cases.
 LONG = os.environ.get("FASTKV_FAULTS") == "long"
 
 
