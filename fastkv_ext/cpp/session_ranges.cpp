@@ -7,6 +7,18 @@
 #include "session.hpp"
 
 namespace fastkv {
+namespace {
+
+// Codes of Redis's own, such as WRONGTYPE, MOVED or LOADING, speak of the key or of the moment: a
+// plain GET would be answered likewise.
+bool speaks_of_command(std::string_view line) noexcept {
+  const auto code = line.substr(0, line.find(' '));
+  if (code == "NOPERM") return line.find("to run the") != std::string_view::npos;
+  return code == "ERR" ||
+         !std::all_of(code.begin(), code.end(), [](char c) { return c >= 'A' && c <= 'Z'; });
+}
+
+}  // namespace
 
 void Session::pump(std::uint64_t window) {
   while (pumping()) {
@@ -129,6 +141,7 @@ Status Session::take_step(const ReplyHead& head) {
 
 void Session::refuse(Reader& reader, std::string_view line) {
   reader.refused = true;
+  if (!speaks_of_command(line)) return;
   // Begun before the last refusal was known, it says nothing new.
   if (reader.tried_after != refusals_) return;
   constexpr std::uint32_t kMostDoublings = 20;

@@ -168,8 +168,14 @@ TEST(a_watch_that_was_left_is_undone_before_the_next) {
 TEST(a_refused_step_is_a_misfit) {
   // WATCH, four ranges, MULTI, EXEC.
   for (std::size_t refused = 0; refused < 7; ++refused) {
-    for (const std::string why :
-         {"-ERR unknown command\r\n", "-LOADING wait\r\n", "-MOVED 7 h:1\r\n", "-ASK 7 h:1\r\n"}) {
+    for (const auto& [why, speaks_of_command] : std::vector<std::pair<std::string, bool>>{
+             {"-ERR unknown command\r\n", true},
+             {"-invalid request\r\n", true},
+             {"-NOPERM this user has no permissions to run the 'watch' command\r\n", true},
+             {"-NOPERM No permissions to access a key\r\n", false},
+             {"-WRONGTYPE a list\r\n", false},
+             {"-LOADING wait\r\n", false},
+             {"-MOVED 7 h:1\r\n", false}}) {
       Session session;
       Memory memory(30'000);
       session.push(in_ranges(memory, true));
@@ -180,7 +186,7 @@ TEST(a_refused_step_is_a_misfit) {
       Status status;
       for (const std::string& reply : replies) status = feed(session, reply);
       CHECK(completed(session)[0].outcome == Outcome::misfit);
-      CHECK(session.ranges_refused());
+      CHECK(session.ranges_refused() == speaks_of_command);
       CHECK(status.ok() == (refused != 6));  // a connection may be left inside MULTI
       CHECK(session.outstanding_bytes() == 0);
     }
@@ -228,7 +234,7 @@ TEST(values_that_were_asked_for_at_once_are_refused_once) {
     session.pump(1 << 20);
   }
   sent(session);
-  for (int i = 0; i < 5 * 7; ++i) CHECK(feed(session, "-LOADING wait\r\n").ok());
+  for (int i = 0; i < 5 * 7; ++i) CHECK(feed(session, "-ERR wait\r\n").ok());
   CHECK(session.read_whole() && !session.read_whole());
 }
 
