@@ -121,6 +121,7 @@ class Proxy:
         self._epoll.register(self._woken, select.EPOLLIN)
         self._listening = True
         self._accept_due = 0.0
+        self._closed_one = False
         self.address: Address
         if isinstance(target, str):
             self.address = os.path.join(folder, f"proxy-{id(self):x}.sock")
@@ -270,6 +271,7 @@ class Proxy:
 
     def _serve(self) -> None:
         while self._running:
+            self._closed_one = False
             for fd, events in self._epoll.poll(self._patience()):
                 if fd == self._woken:
                     os.read(fd, 4096)
@@ -282,6 +284,10 @@ class Proxy:
                         self._failed(connection, fd)
                     if not connection.closed:
                         self._move(connection)
+                if self._closed_one:
+                    # One that is accepted next may have its descriptors, and the rest
+                    # of these events would be taken for its own. They come again.
+                    break
             for connection in list(self._delayed):
                 self._move(connection)
             if 0 < self._accept_due <= time.monotonic():
@@ -454,7 +460,7 @@ class Proxy:
             self._delayed.discard(connection)
 
     def _close(self, connection: _Connection, reset: bool = False) -> None:
-        connection.closed = True
+        connection.closed = self._closed_one = True
         self._delayed.discard(connection)
         for sock in (connection.client, connection.server):
             del self._connections[sock.fileno()]
