@@ -167,6 +167,7 @@ def strike(
     line.proxy.heal()
     caller.retries(enough)
     following.run(caller)
+    assert max(trial.took, following.took) < 10, (trial.took, following.took)
     assert following.error is None, repr(following.error)
     assert struck
     if retries == 0:
