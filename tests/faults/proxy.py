@@ -121,7 +121,6 @@ class Proxy:
         self._epoll.register(self._woken, select.EPOLLIN)
         self._listening = True
         self._accept_due = 0.0
-        self._closed_one = False
         self.address: Address
         if isinstance(target, str):
             self.address = os.path.join(folder, f"proxy-{id(self):x}.sock")
@@ -138,6 +137,7 @@ class Proxy:
         self._listener.setblocking(False)
         self._listener.listen(4096)
         self._epoll.register(self._listener.fileno(), select.EPOLLIN)
+        self._knocked = False
         self._running = True
         self._thread = threading.Thread(target=self._serve, name="proxy")
         self._thread.start()
@@ -237,7 +237,7 @@ class Proxy:
             self.struck.set()
         self._listen(True)
         self._accept_due = 0.0
-        self._accept()
+        self._knocked = True
         for connection in set(self._connections.values()):
             for pipe in connection.pipes:
                 pipe.stalled, pipe.due, pipe.singly = False, 0.0, 0
@@ -271,25 +271,25 @@ class Proxy:
 
     def _serve(self) -> None:
         while self._running:
-            self._closed_one = False
+            self._knocked = False
             for fd, events in self._epoll.poll(self._patience()):
                 if fd == self._woken:
                     os.read(fd, 4096)
                     while self._calls:
                         self._calls.popleft()()
                 elif self._listening and fd == self._listener.fileno():
-                    self._accept()
+                    self._knocked = True
                 elif (connection := self._connections.get(fd)) is not None:
                     if events & (select.EPOLLERR | select.EPOLLHUP):
                         self._failed(connection, fd)
                     if not connection.closed:
                         self._move(connection)
-                if self._closed_one:
-                    # One that is accepted next may have its descriptors, and the rest
-                    # of these events would be taken for its own. They come again.
-                    break
             for connection in list(self._delayed):
                 self._move(connection)
+            # Only now: a new connection may get a descriptor that was closed meanwhile,
+            # and was spoken of above once more.
+            if self._knocked and self._listening:
+                self._accept()
             if 0 < self._accept_due <= time.monotonic():
                 self._accept_due = 0.0
                 self._accept()
@@ -460,7 +460,7 @@ class Proxy:
             self._delayed.discard(connection)
 
     def _close(self, connection: _Connection, reset: bool = False) -> None:
-        connection.closed = self._closed_one = True
+        connection.closed = True
         self._delayed.discard(connection)
         for sock in (connection.client, connection.server):
             del self._connections[sock.fileno()]

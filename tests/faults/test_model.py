@@ -156,9 +156,8 @@ class Machine(RuleBasedStateMachine):
                 if when is None or (state is None) == (when == "nx")
             }
             if hits is None:
-                if fits:
-                    self.now[name] = self.possible(name) | {value}
-                    self.late[name].add(value)
+                # When it comes, if it does, `when` may be true.
+                self.late[name].add(value)
             elif hits[i]:
                 assert fits
                 self.now[name] = {value}
