@@ -276,6 +276,8 @@ class Caller:
         nth = 2 if keyed else self.random.randint(1, self.most(step))
         odd = self.peer.odd(step, nth).reply(case.reply, split)
         odd.end = case.end
+        if expected is InvalidResponse:  # no matter how often it may be sent again
+            client.set_retry(Retry(NoBackoff(), 5))
         if not isinstance(expected, Is) and self.mode.name in ("set", "delete"):
             # What is still on its way there must not be done in the middle of the next.
             odd.end = odd.end or "silence"

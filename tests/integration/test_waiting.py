@@ -20,6 +20,8 @@ from redis.exceptions import ConnectionError, TimeoutError
 
 import fastkv
 import fastkv.asyncio
+from fastkv import commands
+from fastkv._core import CompletionQueue
 from tests.conftest import Endpoint
 from tests.scripted import ScriptedPeer, SilentPeer
 
@@ -128,6 +130,30 @@ def test_a_cancelled_future_leaves_its_memory_to_nobody(
     assert got == b"xyz"
     assert memory == b"...\x01"
     assert not future.cancel() or future.cancelled()
+
+
+def test_a_batch_that_was_taken_back_is_pinned_until_it_is_drained(
+    make: Any, silent: SilentPeer
+) -> None:
+    """Not only until it was cancelled: a worker may be in the middle of a read."""
+    client = make(port=silent.port)
+    node, queue = client._node(), CompletionQueue()
+    memory = bytearray(b"...")
+    batch = commands.get(client._tile_encoder(), ["a"], [memory], immutable=False)
+    node.submit_to(queue, batch, None)
+    assert silent.asked.wait(5)
+    node.cancel(batch)
+    with pytest.raises(BufferError):
+        memory.append(1)
+    while not (drained := node.drain(queue)):
+        with pytest.raises(BufferError):
+            memory.append(1)
+        queue.wait()
+    assert drained == [batch]
+    memory.append(1)
+    with pytest.raises(redis.RedisError):
+        node.result(batch)
+    queue.close()
 
 
 def test_a_batch_that_is_late_is_redis_pys_time_out(
