@@ -191,6 +191,24 @@ TEST(a_batch_that_was_given_up_is_never_queued_again) {
   }
 }
 
+TEST(nobody_joins_a_value_whose_batch_was_given_up) {
+  Fixture f;
+  const auto given_up = f.submit(Command::get, 1);
+  const auto other = f.submit(Command::get, 1);
+  CHECK(f.pull(kValues).count == 1 && f.pull(kValues).count == 1);
+  const auto ranges = std::make_shared<RangedValue>(1 << 20, 1 << 14, false);
+  const auto others = std::make_shared<RangedValue>(1 << 20, 1 << 14, false);
+  f.schedule.offer(*given_up, 0, ranges, 1, {});
+  f.schedule.offer(*other, 0, others, 1, {});
+  // Before any worker was told, and its part of the value is spoilt.
+  CHECK(f.schedule.abandon(1, {Code::timed_out, {}}));
+  CHECK(f.schedule.help(f.schedule.generation(), {}).batch == other.get());
+  f.schedule.offer(*given_up, 0, ranges, 1, {});
+  CHECK(f.schedule.help(f.schedule.generation(), {}).batch == other.get());
+  f.schedule.finish(*given_up, 1);
+  f.schedule.finish(*other, 1);
+}
+
 TEST(a_deadline_ends_a_batch_and_is_forgotten_with_it) {
   Fixture f;
   const auto late = f.submit(Command::exists, 1, {}, kNow + 1s);

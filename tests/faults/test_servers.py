@@ -399,7 +399,10 @@ def test_a_server_that_evicts_while_it_is_read_gives_the_value_or_a_miss(
     values = {key: chance.randbytes(chance.choice(SIZES)) for key in keys}
     used: Any = admin.info("memory")
     admin.config_set("maxmemory-policy", "allkeys-lru")
-    admin.config_set("maxmemory", used["used_memory"] + 25_000_000)
+    room = sum(map(len, values.values())) // 2
+    admin.config_set("maxmemory", used["used_memory"] + room)
+    for key, value in values.items():
+        assert client.batch_tile_set([key], [value]) == [True]
     stop = threading.Event()
     failed: list[BaseException] = []
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,3 +247,20 @@ def test_out_of_descriptors_is_an_error_and_then_it_works(endpoint: Endpoint) ->
         endpoint.url,
     )
     assert (done.stdout, done.stderr, done.returncode) == ("[False]\n", "", 0)
+
+
+def test_signals_are_for_the_threads_of_the_application(client: fastkv.Redis) -> None:
+    """A native thread that took one would leave a call that waits without it."""
+    client.batch_tile_exists(["a"])
+    catchable = set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}
+    found = 0
+    for task in Path("/proc/self/task").iterdir():
+        status = dict(
+            line.split(":\t", 1) for line in (task / "status").read_text().splitlines()
+        )
+        if status["Name"] != "fastkv-worker":
+            continue
+        found += 1
+        blocked = int(status["SigBlk"], 16)
+        assert {s for s in catchable if not blocked >> (s - 1) & 1} == set()
+    assert found > 0

@@ -21,8 +21,8 @@ from redis.sentinel import MasterNotFoundError
 import fastkv
 import fastkv.asyncio
 from tests.clusters import SentinelServers, wait_until
-from tests.conftest import SERVERS
-from tests.scripted import ScriptedPeer
+from tests.conftest import SERVERS, eventually
+from tests.scripted import OddServer, ScriptedPeer
 
 pytestmark = pytest.mark.skipif(not SERVERS, reason="no server found")
 
@@ -236,3 +236,30 @@ def test_readonly_without_retries_is_redis_pys_connection_error(demoted: Any) ->
             client.batch_tile_set(["a"], [b"x"])
         new.expect("SET", "a", "y").reply(b"+OK\r\n")
         assert client.batch_tile_set(["a"], [b"y"]) == [True]
+
+
+def test_readonly_is_a_reason_to_leave_the_old_master_with_every_connection() -> None:
+    """One retry is enough: it does not go to the old one over another of them."""
+
+    class Sentinel:
+        demoted = False
+
+        def discover_master(self, service: str) -> tuple[str, int]:
+            return "127.0.0.1", new.port if self.demoted else old.port
+
+    sentinel = Sentinel()
+    keys, values = [f"k{i}" for i in range(20)], [b"x" * 200_000] * 20
+    with OddServer() as old, OddServer() as new:
+        pool = redis.sentinel.SentinelConnectionPool(
+            "x", sentinel, retry=Retry(NoBackoff(), 1)
+        )
+        with fastkv.Redis.from_pool(pool) as client:
+            assert eventually(
+                lambda: (
+                    all(client.batch_tile_set(keys, values)) and old.connections >= 4
+                )
+            )
+            sentinel.demoted = True
+            old.refused = {b"SET": b"READONLY You can't write"}
+            assert client.batch_tile_set(["a"], [b"x"]) == [True]
+            assert new.data == {b"a": b"x"}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import os
+import random
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,7 +22,9 @@ from redis.exceptions import ConnectionError, TimeoutError
 
 import fastkv
 import fastkv.asyncio
-from tests.conftest import Endpoint
+from fastkv import commands
+from fastkv._core import CompletionQueue
+from tests.conftest import Endpoint, eventually
 from tests.scripted import ScriptedPeer, SilentPeer
 
 SIZE = 300_000
@@ -128,6 +132,74 @@ def test_a_cancelled_future_leaves_its_memory_to_nobody(
     assert got == b"xyz"
     assert memory == b"...\x01"
     assert not future.cancel() or future.cancelled()
+
+
+class HalfServer(SilentPeer):
+    """Answers with half of what it was asked for, and with the rest once it may."""
+
+    VALUE = b"v" + random.Random(7).randbytes(SIZE - 1)
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        super().__init__()
+
+    def answer(self, connection: socket.socket, command: list[bytes]) -> bool:
+        part = self.VALUE
+        if command[0] == b"GETRANGE":
+            part = part[int(command[2]) : int(command[3]) + 1]
+        half = len(part) // 2
+        connection.sendall(b"$%d\r\n%b" % (len(part), part[:half]))
+        if part[:1] == b"v":
+            self.go_on.wait(20)
+        connection.sendall(part[half:] + b"\r\n")
+        return True
+
+
+@pytest.mark.parametrize("range_bytes", [0, 64 << 10])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_value_that_was_given_up_in_the_middle_is_not_written_on(
+    make: Any, parts: int, range_bytes: int
+) -> None:
+    with HalfServer() as peer:
+        client = make(port=peer.port, max_connections=1, tile_range_bytes=range_bytes)
+        whole = memoryview(bytearray(b"\xa5" * SIZE))
+        size = SIZE // parts
+        memory = tuple(whole[size * i : size * (i + 1)] for i in range(parts))
+        future = client.submit_batch_tile_get(["a"], [memory], immutable=True)
+        assert eventually(lambda: whole[0] == peer.VALUE[0])
+        assert future.cancel()
+        assert eventually(lambda: client._tile_node.idle)
+        whole[:] = b"\x5a" * SIZE
+        peer.go_on.set()
+        got = bytearray(SIZE)
+        assert client.batch_tile_get(["b"], [got], immutable=True) == [True]
+        assert got == peer.VALUE
+        assert whole == b"\x5a" * SIZE
+        assert peer.connections == 1
+
+
+def test_a_batch_that_was_taken_back_is_pinned_until_it_is_drained(
+    make: Any, silent: SilentPeer
+) -> None:
+    """Not only until it was cancelled: a worker may be in the middle of a read."""
+    client = make(port=silent.port)
+    node, queue = client._node(), CompletionQueue()
+    memory = bytearray(b"...")
+    batch = commands.get(client._tile_encoder(), ["a"], [memory], immutable=False)
+    node.submit_to(queue, batch, None)
+    assert silent.asked.wait(5)
+    node.cancel(batch)
+    with pytest.raises(BufferError):
+        memory.append(1)
+    while not (drained := node.drain(queue)):
+        with pytest.raises(BufferError):
+            memory.append(1)
+        queue.wait()
+    assert drained == [batch]
+    memory.append(1)
+    with pytest.raises(redis.RedisError):
+        node.result(batch)
+    queue.close()
 
 
 def test_a_batch_that_is_late_is_redis_pys_time_out(
