@@ -10,7 +10,7 @@ import itertools
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ def secure(
     authority = Authority(tmp_path_factory.mktemp("certificates"), "authority")
     assert authority.identity is not None
     shown = authority.issue("server", ("localhost", "127.0.0.1"))
-    with TlsServer(tls_binary, shown, authority.identity) as server:
+    server = TlsServer(tls_binary, shown, authority.identity)
+    with server:
         yield server, authority.identity.cert_file
 
 
@@ -97,7 +98,7 @@ def line(
 
 @contextlib.contextmanager
 def calling(ways: list[str], line: Line, **kwargs: Any) -> Iterator[list[Caller]]:
-    callers = [WAYS[way](**line.kwargs, **kwargs) for way in ways]
+    callers: list[Caller] = [WAYS[way](**line.kwargs, **kwargs) for way in ways]
     try:
         yield callers
     finally:
@@ -152,7 +153,7 @@ def strike(
     line: Line,
     random_: random.Random,
     caller: Caller,
-    calls: list[tuple[str, tuple[int, ...]]],
+    calls: Sequence[tuple[str, Sequence[int]]],
     fault: Fault,
     retries: int,
     enough: int,
@@ -478,9 +479,10 @@ def test_a_value_that_changes_while_connections_break_is_of_one_version(
     stop = threading.Event()
 
     def write() -> None:
+        pauses = random.Random(f"{SEED}")
         for number in itertools.count(1):
             line.plain.set("k", bytes([number % 256]) * size)
-            if stop.wait(random_.choice([0, 0.001, 0.005])):
+            if stop.wait(pauses.choice([0.001, 0.02, 0.04])):
                 return
 
     writer = threading.Thread(target=write)
@@ -492,13 +494,13 @@ def test_a_value_that_changes_while_connections_break_is_of_one_version(
                 fault = random_.choice(
                     [
                         random_fault(random_, size // 4, ["cut", "reset", "delay"]),
-                        # A connection that begins to help late.
+                        # A connection whose WATCH comes late.
                         Fault(
                             "delay",
-                            at=random_.randrange(150),
+                            at=random_.randrange(20),
                             up=True,
                             connection=random_.randrange(4),
-                            seconds=random_.uniform(0.005, 0.02),
+                            seconds=random_.uniform(0.01, 0.06),
                         ),
                     ]
                 )
