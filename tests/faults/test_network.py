@@ -38,7 +38,6 @@ SMALL_SIZES = (3, 20, 0, 40)
 # A time-out that is never met, and one that is met by every stall: then a busy machine
 # may meet it too, and whatever must succeed is retried.
 CALM = {"socket_timeout": 20.0}
-BRISK = {"socket_timeout": 0.04}
 OFTEN = 200
 
 
@@ -50,6 +49,11 @@ class Line:
     plain: redis.Redis  # of the server itself
     kwargs: dict[str, Any]  # for a client
     thorough: bool  # in the long form, each byte
+
+    @property
+    def brisk(self) -> dict[str, float]:
+        """See `CALM`. A handshake of TLS takes longer, and must be through by then."""
+        return {"socket_timeout": 0.25 if "ssl" in self.kwargs else 0.04}
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +147,15 @@ def bytes_of_a_connection(line: Line, caller: Caller) -> tuple[int, int]:
     line.proxy.heal()
     line.proxy.drop_all()
     assert caller("batch_tile_exists", ["a"]) == [False]
-    # OpenSSL's signatures vary in length.
-    slack = 16 if "ssl" in line.kwargs else 0
-    up, down = line.proxy.passed()
-    return up - slack, down - slack
+    return line.proxy.passed()
+
+
+DUE: dict[str, Any] = {
+    "cut": ConnectionError,
+    "reset": ConnectionError,
+    "stall": TimeoutError,
+    "flip": (ConnectionError, TimeoutError),
+}
 
 
 def strike(
@@ -171,14 +180,15 @@ def strike(
     following.run(caller)
     assert max(trial.took, following.took) < 10, (trial.took, following.took)
     assert following.error is None, repr(following.error)
-    assert struck
-    if retries == 0:
+    if not struck:
+        # On a busy machine a time-out came first; or TLS has made fewer records of it.
+        assert fault.kind == "stall" or "ssl" in line.kwargs
+    elif retries == 0:
         assert trial.error is not None
     if trial.error is not None:
         unknown = "is unknown" in str(trial.error)
         assert retries == 0 or unknown
-        late = fault.kind == "stall" and not unknown
-        due = TimeoutError if late else ConnectionError
+        due = ConnectionError if unknown else DUE[fault.kind]
         assert isinstance(trial.error, due), repr(trial.error)
     trial.settle(repeated=retries > 0)
     following.settle(repeated=enough > 0)
@@ -225,7 +235,7 @@ def test_a_connection_may_end_at_every_byte_of_its_beginning(
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_connection_may_fall_silent_at_every_byte(line: Line, command: str) -> None:
     random_ = random.Random(f"{SEED} {command}")
-    with calling(list(WAYS), line, **SINGLE, **BRISK) as callers:
+    with calling(list(WAYS), line, **SINGLE, **line.brisk) as callers:
         for caller in callers:
             caller.retries(OFTEN)
             totals = bytes_of_a_call(line, caller, random_, command, SMALL_SIZES)
@@ -243,7 +253,7 @@ def test_a_connection_may_fall_silent_at_every_byte_of_its_beginning(
     line: Line,
 ) -> None:
     random_ = random.Random(f"{SEED}")
-    with calling(list(WAYS), line, **SINGLE, **BRISK) as callers:
+    with calling(list(WAYS), line, **SINGLE, **line.brisk) as callers:
         callers[0].retries(OFTEN)
         totals = bytes_of_a_connection(line, callers[0])
         for up, total in zip((True, False), totals, strict=True):
@@ -367,7 +377,7 @@ def test_large_values_over_several_connections(line: Line, command: str) -> None
             "tile_window_bytes": random_.choice([1, 65536, None]),
             "tile_connections": random_.choice([1, 2, 4]),
             "tile_workers": random_.choice([1, 2, 4]),
-            **(BRISK | {"socket_timeout": 0.1}),
+            "socket_timeout": 0.25,
         }
         with calling([way], line, **settings) as (caller,):
             for _ in range(10 if LONG else 4):
@@ -527,7 +537,7 @@ def test_a_bit_that_is_changed_under_tls_is_noticed(
     with server.client() as plain, Proxy(("127.0.0.1", server.tls_port)) as proxy:
         tls = {"ssl": True, "ssl_ca_certs": trusted}
         line = Line(proxy, plain, {**proxy.kwargs, **tls}, thorough=False)
-        with calling(list(WAYS), line, **SINGLE, **BRISK) as callers:
+        with calling(list(WAYS), line, **SINGLE, **line.brisk) as callers:
             for caller in callers:
                 caller.retries(OFTEN)
                 totals = bytes_of_a_call(line, caller, random_, command, SIZES)
@@ -536,19 +546,5 @@ def test_a_bit_that_is_changed_under_tls_is_noticed(
                     caller, fault = random_.choice(callers), Fault("flip", at, up)
                     retries = random_.choice([0, OFTEN])
                     with told(caller, fault, retries):
-                        trials = [
-                            Trial(line.plain, random_, command, SIZES) for _ in "ab"
-                        ]
-                        proxy.inject(fault)
-                        caller.retries(retries)
-                        trials[0].run(caller)
-                        assert proxy.struck.is_set()
-                        proxy.heal()
-                        caller.retries(OFTEN)
-                        trials[1].run(caller)
-                        assert (trials[0].error is None) == (retries > 0) or (
-                            "is unknown" in str(trials[0].error)
-                        )
-                        assert trials[1].error is None, repr(trials[1].error)
-                        for trial in trials:
-                            trial.settle(repeated=True)
+                        calls = [(command, SIZES)] * 2
+                        strike(line, random_, caller, calls, fault, retries, OFTEN)
