@@ -167,7 +167,7 @@ class Trial:
         stored = {
             k: v for k, v in zip(self.keys, self._old, strict=True) if v is not None
         }
-        plain.mset(stored)  # type: ignore[arg-type]  # redis-py's is invariant
+        plain.mset(stored)
         self._new = [random_.randbytes(size) for size in sizes]
         # What a get fills, and does not find filled already; what a set sends.
         self.buffers = [memory(value) for value in self._new]
@@ -226,9 +226,9 @@ class Trial:
             assert buffer.count(self._pattern) == len(buffer), (
                 "written after the return"
             )
-        there = self._plain.mget(self.keys)
+        there: Any = self._plain.mget(self.keys)
         for i, (value, old, new) in enumerate(
-            zip(there, self._old, self._new, strict=True)  # type: ignore[arg-type]
+            zip(there, self._old, self._new, strict=True)
         ):
             self._settle_key(
                 value, old, new, None if self.hits is None else self.hits[i]

@@ -103,13 +103,11 @@ class Proxy:
 
     Attributes:
         struck: Set when a fault has struck, until the next `inject`.
-        accepted: Connections ever.
     """
 
     def __init__(self, target: Address, folder: str = "") -> None:
         self.target = target
         self.struck = threading.Event()
-        self.accepted = 0
         self._strikes = 0
         self._fault: Fault | None = None
         self._numbered = 0
@@ -174,11 +172,6 @@ class Proxy:
 
         self._do(add)
         return found[0], found[1]
-
-    @property
-    def open(self) -> int:
-        """Connections that are open."""
-        return len(self._connections) // 2
 
     def __enter__(self) -> Proxy:
         return self
@@ -314,7 +307,6 @@ class Proxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            self.accepted += 1
             server = socket.socket(client.family)
             server.settimeout(5)
             try:

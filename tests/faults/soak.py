@@ -40,7 +40,7 @@ import fastkv.asyncio
 from fastkv.cli.private_server import PrivateServer, ServerBinary, find_servers
 from tests.conftest import eventually, fastkv_threads, open_fds
 from tests.faults.calls import is_pinned, memory
-from tests.faults.proxy import Fault, Proxy
+from tests.faults.proxy import Address, Fault, Proxy
 from tests.tls import Authority, server_arguments, speaks_tls
 
 PATIENCE = 30.0  # seconds after which a call hangs
@@ -341,7 +341,7 @@ class Faults:
             (self._stop, 2),
             (self._restart, 1),
         ]
-        self._random.choices(*zip(*kinds, strict=True))[0]()  # type: ignore[arg-type]
+        self._random.choices(*zip(*kinds, strict=True))[0]()
 
     def _while(self) -> None:
         time.sleep(self._random.uniform(0.02, 0.35))
@@ -458,7 +458,10 @@ def soak(seconds: float, seed: int, folder: Path) -> int:
         arguments, tls_port, trusted = tls_of(binary, Path(files))
         server = stack.enter_context(PrivateServer(binary, *arguments))
         world = World(seed, server)
-        lines = {"tcp": ("127.0.0.1", server.port), "unix": server.unix_path}
+        lines: dict[str, Address] = {
+            "tcp": ("127.0.0.1", server.port),
+            "unix": server.unix_path,
+        }
         if tls_port:
             lines["tls"] = ("127.0.0.1", tls_port)
         proxies = {

@@ -60,6 +60,7 @@ class Machine(RuleBasedStateMachine):
         self.late: dict[str, set[bytes | None]] = {key: set() for key in SIZES}
         self.given: list[tuple[bytearray, int]] = []
         self.fault = False
+        self.retried = 0
 
     @hypothesis.stateful.initialize(
         way=st.sampled_from(list(WAYS)),
@@ -87,7 +88,7 @@ class Machine(RuleBasedStateMachine):
             tile_connections=connections,
             tile_range_bytes=range_bytes,
             tile_window_bytes=window_bytes,
-            socket_timeout=0.1,
+            socket_timeout=0.2,
         )
         self.caller.retries(retries)
 
@@ -114,6 +115,9 @@ class Machine(RuleBasedStateMachine):
             late = isinstance(error, TimeoutError) or "is unknown" in str(error)
             assert self.fault or late
             self.fault = True
+        retried = self.caller.client.tile_info()["retries"]
+        self.fault |= retried > self.retried
+        self.retried = retried
         return result
 
     def give_back(self, buffers: list[bytearray]) -> None:
@@ -215,13 +219,11 @@ class Machine(RuleBasedStateMachine):
     def heal(self) -> None:
         """Afterwards nothing is on its way: it has arrived, or is lost."""
         self.proxy.heal()
+        self.proxy.inject(Fault("refuse"))
         self.proxy.drop_all()
-        # Those that the server still reads from; the client may have new ones by now.
-        assert eventually(
-            lambda: (
-                self.plain.info("clients")["connected_clients"] == 1 + self.proxy.open
-            )
-        )
+        # The server has read all that came on them, and only we are left.
+        assert eventually(lambda: self.plain.info("clients")["connected_clients"] == 1)
+        self.proxy.heal()
         for name in SIZES:
             self.now[name] = self.possible(name)
             self.late[name].clear()

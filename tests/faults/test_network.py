@@ -10,7 +10,7 @@ import itertools
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ SMALL_SIZES = (3, 20, 0, 40)
 # A time-out that is never met, and one that is met by every stall: then a busy machine
 # may meet it too, and whatever must succeed is retried.
 CALM = {"socket_timeout": 20.0}
-BRISK = {"socket_timeout": 0.04}
 OFTEN = 200
 
 
@@ -51,6 +50,11 @@ class Line:
     kwargs: dict[str, Any]  # for a client
     thorough: bool  # in the long form, each byte
 
+    @property
+    def brisk(self) -> dict[str, float]:
+        """See `CALM`. A handshake of TLS takes longer, and must be through by then."""
+        return {"socket_timeout": 0.25 if "ssl" in self.kwargs else 0.04}
+
 
 @pytest.fixture(scope="module")
 def secure(
@@ -60,7 +64,8 @@ def secure(
     authority = Authority(tmp_path_factory.mktemp("certificates"), "authority")
     assert authority.identity is not None
     shown = authority.issue("server", ("localhost", "127.0.0.1"))
-    with TlsServer(tls_binary, shown, authority.identity) as server:
+    server = TlsServer(tls_binary, shown, authority.identity)
+    with server:
         yield server, authority.identity.cert_file
 
 
@@ -97,7 +102,7 @@ def line(
 
 @contextlib.contextmanager
 def calling(ways: list[str], line: Line, **kwargs: Any) -> Iterator[list[Caller]]:
-    callers = [WAYS[way](**line.kwargs, **kwargs) for way in ways]
+    callers: list[Caller] = [WAYS[way](**line.kwargs, **kwargs) for way in ways]
     try:
         yield callers
     finally:
@@ -127,32 +132,38 @@ def some(line: Line, random_: random.Random, total: int, count: int) -> list[int
 
 
 def bytes_of_a_call(
-    line: Line, caller: Caller, random_: random.Random, command: str, sizes: Any
+    line: Line, random_: random.Random, command: str, sizes: Sequence[int]
 ) -> tuple[int, int]:
     """To the server, from it; on a connection that was open."""
-    for _ in "ab":
-        line.proxy.heal()
-        trial = Trial(line.plain, random_, command, sizes).run(caller)
-        assert trial.error is None
-    return line.proxy.passed()
+    with calling(["futures"], line, **SINGLE, **CALM) as (caller,):
+        for _ in "ab":
+            line.proxy.heal()
+            trial = Trial(line.plain, random_, command, sizes).run(caller)
+            assert trial.error is None
+        return line.proxy.passed()
 
 
-def bytes_of_a_connection(line: Line, caller: Caller) -> tuple[int, int]:
+def bytes_of_a_connection(line: Line) -> tuple[int, int]:
     """What is said on a new one, by both sides, until it is of use."""
-    line.proxy.heal()
-    line.proxy.drop_all()
-    assert caller("batch_tile_exists", ["a"]) == [False]
-    # OpenSSL's signatures vary in length.
-    slack = 16 if "ssl" in line.kwargs else 0
-    up, down = line.proxy.passed()
-    return up - slack, down - slack
+    with calling(["futures"], line, **SINGLE, **CALM) as (caller,):
+        line.proxy.heal()
+        assert caller("batch_tile_exists", ["a"]) == [False]
+        return line.proxy.passed()
+
+
+DUE: dict[str, Any] = {
+    "cut": ConnectionError,
+    "reset": ConnectionError,
+    "stall": TimeoutError,
+    "flip": (ConnectionError, TimeoutError),
+}
 
 
 def strike(
     line: Line,
     random_: random.Random,
     caller: Caller,
-    calls: list[tuple[str, tuple[int, ...]]],
+    calls: Sequence[tuple[str, Sequence[int]]],
     fault: Fault,
     retries: int,
     enough: int,
@@ -169,15 +180,18 @@ def strike(
     caller.retries(enough)
     following.run(caller)
     assert max(trial.took, following.took) < 10, (trial.took, following.took)
-    assert following.error is None, repr(following.error)
-    assert struck
-    if retries == 0:
+    # On a busy machine a time-out may come without a fault, and before it.
+    busy = fault.kind in ("stall", "flip") and "is unknown" in str(following.error)
+    assert following.error is None or busy, repr(following.error)
+    if not struck:
+        # Or TLS has made fewer records of it.
+        assert fault.kind == "stall" or "ssl" in line.kwargs
+    elif retries == 0:
         assert trial.error is not None
     if trial.error is not None:
         unknown = "is unknown" in str(trial.error)
         assert retries == 0 or unknown
-        late = fault.kind == "stall" and not unknown
-        due = TimeoutError if late else ConnectionError
+        due = ConnectionError if unknown else DUE[fault.kind]
         assert isinstance(trial.error, due), repr(trial.error)
     trial.settle(repeated=retries > 0)
     following.settle(repeated=enough > 0)
@@ -191,8 +205,7 @@ def test_a_connection_may_end_at_every_byte(
 ) -> None:
     random_ = random.Random(f"{SEED} {command} {kind}")
     with calling(list(WAYS), line, **SINGLE, **CALM) as callers:
-        for caller in callers:
-            totals = bytes_of_a_call(line, caller, random_, command, SIZES)
+        totals = bytes_of_a_call(line, random_, command, SIZES)
         for up, total in zip((True, False), totals, strict=True):
             for at in some(line, random_, total, 14):
                 caller, fault = random_.choice(callers), Fault(kind, at, up)
@@ -209,7 +222,7 @@ def test_a_connection_may_end_at_every_byte_of_its_beginning(
 ) -> None:
     random_ = random.Random(f"{SEED} {kind}")
     with calling(list(WAYS), line, **SINGLE, **CALM) as callers:
-        totals = bytes_of_a_connection(line, callers[0])
+        totals = bytes_of_a_connection(line)
         for up, total in zip((True, False), totals, strict=True):
             for at in some(line, random_, total, 6):
                 caller, fault = random_.choice(callers), Fault(kind, at, up)
@@ -224,10 +237,8 @@ def test_a_connection_may_end_at_every_byte_of_its_beginning(
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_connection_may_fall_silent_at_every_byte(line: Line, command: str) -> None:
     random_ = random.Random(f"{SEED} {command}")
-    with calling(list(WAYS), line, **SINGLE, **BRISK) as callers:
-        for caller in callers:
-            caller.retries(OFTEN)
-            totals = bytes_of_a_call(line, caller, random_, command, SMALL_SIZES)
+    with calling(list(WAYS), line, **SINGLE, **line.brisk) as callers:
+        totals = bytes_of_a_call(line, random_, command, SMALL_SIZES)
         for up, total in zip((True, False), totals, strict=True):
             for at in some(line, random_, total, 2):
                 caller, fault = random_.choice(callers), Fault("stall", at, up)
@@ -242,9 +253,8 @@ def test_a_connection_may_fall_silent_at_every_byte_of_its_beginning(
     line: Line,
 ) -> None:
     random_ = random.Random(f"{SEED}")
-    with calling(list(WAYS), line, **SINGLE, **BRISK) as callers:
-        callers[0].retries(OFTEN)
-        totals = bytes_of_a_connection(line, callers[0])
+    with calling(list(WAYS), line, **SINGLE, **line.brisk) as callers:
+        totals = bytes_of_a_connection(line)
         for up, total in zip((True, False), totals, strict=True):
             for at in some(line, random_, total, 4):
                 caller, fault = random_.choice(callers), Fault("stall", at, up)
@@ -264,7 +274,7 @@ def test_what_is_answered_too_late_is_never_taken_for_another_answer(
     random_ = random.Random(f"{SEED} {command}")
     way = random_.choice(list(WAYS))
     with calling([way], line, **SINGLE, **CALM) as (caller,):
-        totals = bytes_of_a_call(line, caller, random_, command, SIZES)
+        totals = bytes_of_a_call(line, random_, command, SIZES)
         for up, total in zip((True, False), totals, strict=True):
             for at in random_.sample(range(total), min(total, 200 if LONG else 2)):
                 with told(way, up, at):
@@ -291,7 +301,7 @@ def test_segments_of_one_byte_and_pauses_change_nothing(
     way = random_.choice(list(WAYS))
     with calling([way], line, **SINGLE, **CALM) as (caller,):
         caller.retries(0)
-        totals = bytes_of_a_call(line, caller, random_, command, SIZES)
+        totals = bytes_of_a_call(line, random_, command, SIZES)
         for up, total in zip((True, False), totals, strict=True):
             for _ in range(100 if LONG else 2):
                 at = random_.randrange(total)
@@ -366,7 +376,7 @@ def test_large_values_over_several_connections(line: Line, command: str) -> None
             "tile_window_bytes": random_.choice([1, 65536, None]),
             "tile_connections": random_.choice([1, 2, 4]),
             "tile_workers": random_.choice([1, 2, 4]),
-            **(BRISK | {"socket_timeout": 0.1}),
+            "socket_timeout": 0.25,
         }
         with calling([way], line, **settings) as (caller,):
             for _ in range(10 if LONG else 4):
@@ -478,9 +488,10 @@ def test_a_value_that_changes_while_connections_break_is_of_one_version(
     stop = threading.Event()
 
     def write() -> None:
+        pauses = random.Random(f"{SEED}")
         for number in itertools.count(1):
             line.plain.set("k", bytes([number % 256]) * size)
-            if stop.wait(random_.choice([0, 0.001, 0.005])):
+            if stop.wait(pauses.choice([0.001, 0.02, 0.04])):
                 return
 
     writer = threading.Thread(target=write)
@@ -492,13 +503,13 @@ def test_a_value_that_changes_while_connections_break_is_of_one_version(
                 fault = random_.choice(
                     [
                         random_fault(random_, size // 4, ["cut", "reset", "delay"]),
-                        # A connection that begins to help late.
+                        # A connection whose WATCH comes late.
                         Fault(
                             "delay",
-                            at=random_.randrange(150),
+                            at=random_.randrange(20),
                             up=True,
                             connection=random_.randrange(4),
-                            seconds=random_.uniform(0.005, 0.02),
+                            seconds=random_.uniform(0.01, 0.06),
                         ),
                     ]
                 )
@@ -525,28 +536,12 @@ def test_a_bit_that_is_changed_under_tls_is_noticed(
     with server.client() as plain, Proxy(("127.0.0.1", server.tls_port)) as proxy:
         tls = {"ssl": True, "ssl_ca_certs": trusted}
         line = Line(proxy, plain, {**proxy.kwargs, **tls}, thorough=False)
-        with calling(list(WAYS), line, **SINGLE, **BRISK) as callers:
-            for caller in callers:
-                caller.retries(OFTEN)
-                totals = bytes_of_a_call(line, caller, random_, command, SIZES)
+        with calling(list(WAYS), line, **SINGLE, **line.brisk) as callers:
+            totals = bytes_of_a_call(line, random_, command, SIZES)
             for up, total in zip((True, False), totals, strict=True):
                 for at in some(line, random_, total, 3):
                     caller, fault = random_.choice(callers), Fault("flip", at, up)
                     retries = random_.choice([0, OFTEN])
                     with told(caller, fault, retries):
-                        trials = [
-                            Trial(line.plain, random_, command, SIZES) for _ in "ab"
-                        ]
-                        proxy.inject(fault)
-                        caller.retries(retries)
-                        trials[0].run(caller)
-                        assert proxy.struck.is_set()
-                        proxy.heal()
-                        caller.retries(OFTEN)
-                        trials[1].run(caller)
-                        assert (trials[0].error is None) == (retries > 0) or (
-                            "is unknown" in str(trials[0].error)
-                        )
-                        assert trials[1].error is None, repr(trials[1].error)
-                        for trial in trials:
-                            trial.settle(repeated=True)
+                        calls = [(command, SIZES)] * 2
+                        strike(line, random_, caller, calls, fault, retries, OFTEN)
