@@ -526,7 +526,7 @@ def test_a_refused_step_is_tried_again_ever_more_rarely(peer: OddServer) -> None
                 assert gets(client, 2) == 0
 
 
-def test_no_reply_makes_memory_grow(peer: OddServer) -> None:
+def test_memory_is_flat_whatever_the_reply(peer: OddServer) -> None:
     """Announced, endless or long: nothing is kept."""
     hostile = [
         b"-ERR " + b"x" * 10_000_000 + b"\r\n",
