@@ -24,6 +24,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from libc.errno cimport EINTR, errno
+from posix.unistd cimport getpid, pid_t
 from libcpp.memory cimport make_shared, shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.string_view cimport string_view
@@ -181,16 +182,18 @@ cdef class Batch:
     cdef Py_buffer* views
     cdef Py_ssize_t view_count
     cdef Py_ssize_t view_room
-    cdef readonly unsigned long long id
+    cdef readonly object id  # an int; made once, because to end a batch must take no memory
     cdef readonly int command
     cdef readonly bint drained
     cdef readonly object keys
     cdef public object waiter
     cdef readonly Batch whole
+    cdef bint in_flight
     cdef Py_ssize_t parts_in_flight
     cdef bint ended
 
     def __cinit__(self):
+        self.in_flight = False
         self.parts_in_flight = 0
         self.ended = False
         self.views = NULL
@@ -292,6 +295,13 @@ cdef class Batch:
         if self.parts_in_flight == 0:
             self._release()
 
+    def unpin(self):
+        """Release the pins as soon as no worker can touch the memory: now, unless the batch, or a
+        part of it, is in flight. It must not be submitted any more."""
+        self.ended = True
+        if not self.in_flight and self.parts_in_flight == 0:
+            self._release()
+
     cdef _part_drained(self):
         self.parts_in_flight -= 1
         if self.ended and self.parts_in_flight == 0:
@@ -310,31 +320,41 @@ cdef class Batch:
         """
         cdef CppBatch* batch = self.cpp.get()
         cdef Py_ssize_t index = 0
-        for value in values:
-            if index == <Py_ssize_t>batch.size():
-                raise ValueError("the sequence of buffers grew while it was read")
-            if type(value) is tuple:
-                for part in value:
-                    self._pin(part, index, writable, as_buffer)
-            else:
-                self._pin(value, index, writable, as_buffer)
-            batch.end_value()
-            index += 1
-        if index != <Py_ssize_t>batch.size():
-            raise ValueError("the sequence of buffers shrank while it was read")
+        try:
+            for value in values:
+                if index == <Py_ssize_t>batch.size():
+                    raise ValueError("the sequence of buffers grew while it was read")
+                if type(value) is tuple:
+                    for part in value:
+                        self._pin(part, index, writable, as_buffer)
+                else:
+                    self._pin(value, index, writable, as_buffer)
+                batch.end_value()
+                index += 1
+            if index != <Py_ssize_t>batch.size():
+                raise ValueError("the sequence of buffers shrank while it was read")
+        except BaseException:
+            self.unpin()  # the traceback holds us
+            raise
 
     def pin_rows(self, array, bint writable, as_buffer):
         """Pin one array whose first axis runs over the keys. Raises as `pin_values` does."""
         cdef CppBatch* batch = self.cpp.get()
         cdef Py_ssize_t rows = batch.size()
-        cdef Py_buffer* view = self._export(array, -1, writable, as_buffer)
-        if rows == 0:
-            return
-        cdef Py_ssize_t row_bytes = view.len // rows
+        cdef Py_buffer* view
+        cdef Py_ssize_t row_bytes
         cdef Py_ssize_t i
-        for i in range(rows):
-            batch.add_segment(<char*>view.buf + i * row_bytes, row_bytes)
-            batch.end_value()
+        try:
+            view = self._export(array, -1, writable, as_buffer)
+            if rows == 0:
+                return
+            row_bytes = view.len // rows
+            for i in range(rows):
+                batch.add_segment(<char*>view.buf + i * row_bytes, row_bytes)
+                batch.end_value()
+        except BaseException:
+            self.unpin()
+            raise
 
     cdef _pin(self, buffer, Py_ssize_t index, bint writable, as_buffer):
         cdef Py_buffer* view = self._export(buffer, index, writable, as_buffer)
@@ -512,11 +532,12 @@ cdef class TlsStream:
     """The client's end of a TLS connection over a non-blocking socket; one thread at a time.
 
     Args:
-        fd: Of a connected socket; closed in the end, and also when this raises.
+        fd: Of a connected socket; the stream has a duplicate of its own.
         Others: See `TlsSettings` in cpp/tls.hpp.
 
     Raises:
         RuntimeError: Why OpenSSL does not take the settings.
+        OSError: No descriptor is left.
     """
 
     cdef unique_ptr[CppTlsStream] cpp
@@ -570,7 +591,7 @@ cdef class TlsStream:
             PyBytes_AS_STRING(password), PyBytes_GET_SIZE(password)
         )
         with nogil:
-            self.cpp = make_tls_stream(UniqueFd(fd), settings)
+            self.cpp = make_tls_stream(duplicate(fd), settings)
 
     def __dealloc__(self):
         self.close()
@@ -653,10 +674,14 @@ cdef class CompletionQueue:
 
     cdef shared_ptr[CppCompletionQueue] cpp
     cdef readonly Py_ssize_t in_flight
+    # Completed batches, of which those from `next` on are in the engine's table still.
+    cdef vector[uint64_t] taken
+    cdef size_t next
 
     def __cinit__(self):
         self.cpp = make_shared[CppCompletionQueue]()
         self.in_flight = 0
+        self.next = 0
 
     def fileno(self):
         """A descriptor that is readable when there is something to drain."""
@@ -718,7 +743,7 @@ cdef class Engine:
 
     cdef CppEngine* cpp
     cdef dict in_flight
-    cdef bint forked
+    cdef pid_t pid  # a fork in C tells nobody
 
     def __cinit__(
         self,
@@ -734,15 +759,18 @@ cdef class Engine:
         window.requests = window_requests
         window.range_bytes = range_bytes
         self.in_flight = {}
-        self.forked = False
+        self.pid = getpid()
         self.cpp = new CppEngine(workers, connections, window, stats.cpp)
 
     def __dealloc__(self):
         cdef CppEngine* cpp = self.cpp
         # In a child the threads do not exist and locks may be held for ever: leave it alone.
-        if cpp != NULL and not self.forked:
+        if cpp != NULL and not self._forked():
             with nogil:
                 del cpp
+
+    cdef bint _forked(self) noexcept:
+        return self.pid != getpid()
 
     def submit(
         self, Batch batch, CompletionQueue queue, RetryPolicy policy, double timeout
@@ -759,20 +787,35 @@ cdef class Engine:
         cdef shared_ptr[CppBatch] cpp = batch.cpp
         cdef shared_ptr[CppCompletionQueue] cpp_queue = queue.cpp
         cdef shared_ptr[const CppRetryPolicy] cpp_policy = policy.cpp
+        cdef uint64_t id = batch.id
+        if self._forked():
+            return <int>_Code.closed
+        if batch.ended or (batch.whole is not None and batch.whole.ended):
+            raise RuntimeError("the memory of the batch is not pinned any more")
         self.in_flight[batch.id] = batch
         queue.in_flight += 1
+        batch.in_flight = True
         if batch.whole is not None:
             batch.whole.parts_in_flight += 1
-        with nogil:
-            status = self.cpp.submit(
-                move(cpp), batch.id, move(cpp_queue), move(cpp_policy), timeout
-            )
+        try:
+            with nogil:
+                status = self.cpp.submit(
+                    move(cpp), id, move(cpp_queue), move(cpp_policy), timeout
+                )
+        except BaseException:
+            self._take_out(batch, queue)
+            raise
         if status.code != _Code.ok:
-            del self.in_flight[batch.id]
-            queue.in_flight -= 1
-            if batch.whole is not None:
-                batch.whole._part_drained()
+            self._take_out(batch, queue)
         return <int>status.code
+
+    cdef _take_out(self, Batch batch, CompletionQueue queue):
+        # Not, or not any more, in flight.
+        del self.in_flight[batch.id]
+        queue.in_flight -= 1
+        batch.in_flight = False
+        if batch.whole is not None:
+            batch.whole._part_drained()
 
     def run(self, Batch batch, CompletionQueue queue, RetryPolicy policy, double timeout):
         """Submit and wait. Signal handlers run meanwhile; if one raises, the batch is cancelled
@@ -785,36 +828,55 @@ cdef class Engine:
                 queue.wait()
                 self.drain(queue)
         except BaseException:
-            self.cancel(batch)
-            # Workers let go within one turn of their loops, whatever the network does.
-            while not batch.drained:
-                queue._poll(-1)
-                self.drain(queue)
+            self._take_back(batch, queue)
             raise
         return code
+
+    cdef _take_back(self, Batch batch, CompletionQueue queue):
+        # Workers let go within one turn of their loops, whatever the network does.
+        self.cancel(batch)
+        while not batch.drained:
+            try:
+                queue._poll(-1)
+                self.drain(queue)
+            except MemoryError:
+                pass  # its memory must not be written when the caller has it again
 
     def cancel(self, Batch batch):
         """Take a batch back. It completes, cancelled, as soon as no worker can touch its memory;
         if it had completed already, nothing happens."""
-        cdef unsigned long long id = batch.id
+        cdef uint64_t id = batch.id
+        if self._forked():
+            return
         with nogil:
             self.cpp.cancel(id)
 
     def drain(self, CompletionQueue queue):
-        """Return the batches that completed on ``queue``, their pins released."""
-        cdef vector[uint64_t] ids
+        """Return the batches that completed on ``queue``, their pins released.
+
+        Raises:
+            MemoryError: They can be drained later.
+        """
         cdef Batch batch
         cdef list done = []
-        with nogil:
-            ids = queue.cpp.get().drain()
-        for id in ids:
-            batch = self.in_flight.pop(id)
-            batch.drained = True
-            batch._release()
-            if batch.whole is not None:
-                batch.whole._part_drained()
-            queue.in_flight -= 1
-            done.append(batch)
+        try:
+            if queue.next == queue.taken.size():
+                # With the GIL, or two threads that drain would lose what one of them has taken.
+                queue.next = 0
+                queue.taken.clear()
+                queue.taken = queue.cpp.get().drain()
+            while queue.next < queue.taken.size():
+                batch = self.in_flight[queue.taken[queue.next]]
+                done.append(batch)
+                # From here on nothing takes memory.
+                queue.next += 1
+                batch.drained = True
+                batch._release()
+                self._take_out(batch, queue)
+        except MemoryError:
+            queue.cpp.get().wake()
+            if not done:
+                raise
         return done
 
     @property
@@ -826,7 +888,7 @@ cdef class Engine:
         """Return ``(open connections, keys that no connection has taken yet)``, the latter for
         lookups, loads and stores. Zeros in a forked child."""
         cdef Gauges gauges
-        if self.forked:
+        if self._forked():
             return 0, (0, 0, 0)
         with nogil:
             gauges = self.cpp.gauges()
@@ -834,18 +896,22 @@ cdef class Engine:
 
     def close(self):
         """Complete every batch, with an error if need be, and join the threads. Idempotent."""
-        if self.forked:
+        if self._forked():
             return
         with nogil:
             self.cpp.close()
 
     def close_fds(self):
         """Give all descriptors back: after `close`, and when the connector has ended."""
+        if self._forked():
+            return
         with nogil:
             self.cpp.close_fds()
 
     def retire_connections(self):
         """Let every connection end once it is idle; the next batch opens new ones."""
+        if self._forked():
+            return
         with nogil:
             self.cpp.retire_connections()
 
@@ -855,14 +921,15 @@ cdef class Engine:
 
     def wake_connector(self):
         """Make `connect_event` readable with nothing to take."""
-        self.cpp.wake_connector()
+        if not self._forked():
+            self.cpp.wake_connector()
 
-    def take_connect_requests(self):
-        """Return the lanes that the engine wants connections for."""
-        cdef vector[uint32_t] lanes
+    def take_connect_request(self):
+        """Return a lane that the engine wants a connection for, once, or None."""
+        cdef optional[uint32_t] lane
         with nogil:
-            lanes = self.cpp.take_connect_requests()
-        return list(lanes)
+            lane = self.cpp.take_connect_request()
+        return lane.value() if lane.has_value() else None
 
     def take_notices(self):
         """Return ``(Notice, text)`` of what happened since the last call; `connect_event` tells.
@@ -924,11 +991,11 @@ cdef class Engine:
             could touch their memory: the pins are released.
         """
         cdef Batch batch
-        self.forked = True
         self.cpp.close_fds_after_fork()
         batches = list(self.in_flight.values())
         self.in_flight.clear()
         for batch in batches:
+            batch.in_flight = False
             batch._release()
             if batch.whole is not None:
                 batch.whole._part_drained()
@@ -966,9 +1033,7 @@ def run_all(parts, double timeout):
         for engine, batch, _ in accepted:
             engine.cancel(batch)
         for engine, batch, queue in accepted:
-            while not batch.drained:
-                queue._poll(-1)
-                engine.drain(queue)
+            engine._take_back(batch, queue)
         raise
     return codes
 

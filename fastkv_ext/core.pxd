@@ -2,6 +2,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libcpp cimport bool as cpp_bool
 from libcpp.memory cimport shared_ptr, unique_ptr
+from libcpp.optional cimport optional
 from libcpp.string cimport string
 from libcpp.string_view cimport string_view
 from libcpp.vector cimport vector
@@ -184,6 +185,7 @@ cdef extern from "worker.hpp" namespace "fastkv" nogil:
 cdef extern from "fd.hpp" namespace "fastkv" nogil:
     cdef cppclass UniqueFd:
         UniqueFd(int) noexcept
+    UniqueFd duplicate(int) except +
 
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -263,13 +265,13 @@ cdef extern from "engine.hpp" namespace "fastkv" nogil:
             shared_ptr[const CppRetryPolicy],
             double,
         ) except +
-        void cancel(uint64_t) except +
+        void cancel(uint64_t) noexcept
         void close() except +
         void close_fds() except +
         void retire_connections() except +
         int connect_event() noexcept
         void wake_connector() noexcept
-        vector[uint32_t] take_connect_requests() except +
+        optional[uint32_t] take_connect_request() noexcept
         vector[CppNotice] take_notices() except +
         Gauges gauges() except +
         void adopt(uint32_t, UniqueFd, double, double) except +

@@ -1,10 +1,19 @@
 #include "completion_queue.hpp"
 
-#include <utility>
-
 namespace fastkv {
 
-void CompletionQueue::push(std::uint64_t batch_id) {
+void CompletionQueue::expect() {
+  std::lock_guard lock(mutex_);
+  if (ready_.capacity() <= expected_) ready_.reserve(2 * expected_ + 1);
+  ++expected_;
+}
+
+void CompletionQueue::forget() noexcept {
+  std::lock_guard lock(mutex_);
+  --expected_;
+}
+
+void CompletionQueue::push(std::uint64_t batch_id) noexcept {
   std::lock_guard lock(mutex_);
   const bool first = ready_.empty();
   ready_.push_back(batch_id);
@@ -12,9 +21,12 @@ void CompletionQueue::push(std::uint64_t batch_id) {
 }
 
 std::vector<std::uint64_t> CompletionQueue::drain() {
-  event_.clear();  // before the swap: an id pushed after it signals again
   std::lock_guard lock(mutex_);
-  return std::exchange(ready_, {});
+  std::vector<std::uint64_t> taken(ready_);  // a copy: the room is for those to come
+  event_.clear();
+  ready_.clear();
+  expected_ -= taken.size();
+  return taken;
 }
 
 void CompletionQueue::wake() noexcept {

@@ -32,7 +32,7 @@ class Engine {
   Status submit(std::shared_ptr<Batch> batch, std::uint64_t id,
                 std::shared_ptr<CompletionQueue> queue, std::shared_ptr<const RetryPolicy> retry,
                 double seconds);
-  void cancel(std::uint64_t id);
+  void cancel(std::uint64_t id) noexcept;
   // Idempotent. Every accepted batch has completed, and no thread runs, when it returns.
   void close();
   // Gives all descriptors back. After close(); a connector that is late finds nothing to do.
@@ -45,7 +45,9 @@ class Engine {
   // The connector.
   int connect_event() const noexcept { return schedule_.connect_event(); }
   void wake_connector() noexcept { schedule_.wake_connector(); }
-  std::vector<std::uint32_t> take_connect_requests() { return schedule_.take_connect_requests(); }
+  std::optional<std::uint32_t> take_connect_request() noexcept {
+    return schedule_.take_connect_request();
+  }
   std::vector<Notice> take_notices() { return schedule_.take_notices(); }
   // Takes over a connected socket, or a stream, that has answered all that was sent on it. 0 s: no
   // limit.

@@ -122,7 +122,8 @@ class Connector {
     while (!stop_) {
       pollfd entry{engine_.connect_event(), POLLIN, 0};
       ::poll(&entry, 1, -1);
-      for (const std::uint32_t lane : engine_.take_connect_requests()) {
+      while (const auto asked = engine_.take_connect_request()) {
+        const std::uint32_t lane = *asked;
         if (ignore_) continue;
         ++asked_;
         if (refuse_) {
