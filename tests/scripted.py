@@ -72,6 +72,9 @@ class _Peer:
     def handshake(self, command: list[bytes]) -> bytes:
         return b"+OK\r\n"
 
+    def came(self, data: bytes) -> None:
+        """Bytes have come. More are read once this returns."""
+
     def _accept(self) -> None:
         while True:
             try:
@@ -98,6 +101,7 @@ class _Peer:
                     return
                 if not data:
                     return
+                self.came(data)
                 reader.feed(data)
                 while (command := reader.gets()) is not False:
                     try:
