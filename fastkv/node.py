@@ -40,7 +40,7 @@ from fastkv.connector import (
 from fastkv.errors import error_of_code
 from fastkv.log import logger
 from fastkv.options import TileOptions
-from fastkv.shielded import shielded
+from fastkv.shielded import Condition, shielded
 
 # Requests that a connection may have in flight: enough to hide a round trip of lookups.
 _WINDOW_REQUESTS = 1024
@@ -60,6 +60,7 @@ class TileFuture(Future[list[bool]]):
 
     def __init__(self, finish: Callable[[], list[bool]], cancel: Callable[[], None]):
         super().__init__()
+        self._condition = Condition()
         self._finish = finish
         self._cancel = cancel
 
@@ -86,7 +87,7 @@ class TileFuture(Future[list[bool]]):
         # The thread that held the old one, if any, does not exist here. Nor do the
         # threads and loops that callbacks and waiters belong to, and locks of theirs
         # may be held.
-        self._condition = threading.Condition()
+        self._condition = Condition()
         self.__dict__["_done_callbacks"] = []
         self.__dict__["_waiters"] = []
         self._finish = self._cancel = _nothing

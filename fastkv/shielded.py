@@ -8,9 +8,20 @@ from __future__ import annotations
 import _thread
 import threading
 from collections.abc import Callable
+from operator import attrgetter
 from typing import TypeVar
 
 _Result = TypeVar("_Result")
+
+
+class Condition(threading.Condition):
+    """One whose lock is not left locked if a handler raises on the way in or out: as
+    it takes and releases it, no step is Python's. Of a future, say, which is waited for
+    on the main thread and resolved on another.
+    """
+
+    __enter__ = property(attrgetter("_lock.__enter__"))
+    __exit__ = property(attrgetter("_lock.__exit__"))
 
 
 def shielded(work: Callable[[], _Result]) -> _Result:
@@ -21,7 +32,10 @@ def shielded(work: Callable[[], _Result]) -> _Result:
         return work()
     results: list[_Result] = []
     errors: list[BaseException] = []
-    done = threading.Event()
+    # A lock of the C level, which an interrupt leaves in order. One of Python's classes
+    # it can leave locked for ever.
+    done = _thread.allocate_lock()
+    done.acquire()
 
     def run() -> None:
         try:
@@ -29,14 +43,14 @@ def shielded(work: Callable[[], _Result]) -> _Result:
         except BaseException as error:
             errors.append(error)
         finally:
-            done.set()
+            done.release()
 
     try:
         # Not threading's: an interrupt in the middle of its start leaves traces.
         _thread.start_new_thread(run, ())
     except RuntimeError:  # no more threads, or the interpreter is about to end
         return work()
-    done.wait()
+    done.acquire()
     if results:
         return results[0]
     error = errors.pop()

@@ -55,7 +55,7 @@ PYTHON = {
     },
     "info": {"_core"},
     "registry": {"_core", "connector", "info", "log", "node", "options", "shielded"},
-    "refresher": set(),
+    "refresher": {"shielded"},
     "rounds": {"_core", "commands", "errors", "info", "node", "refresher"},
     "topology": {
         *("_core", "connector", "info", "node", "options", "refresher", "registry"),
