@@ -41,6 +41,18 @@ cdef extern from "<poll.h>" nogil:
 
 cdef extern from "Python.h":
     const char* PyUnicode_AsUTF8AndSize(object, Py_ssize_t*) except NULL
+    str PyUnicode_DecodeUTF8(const char*, Py_ssize_t, const char*)
+
+
+# Nothing catches what Cython's own copies of C++ objects throw, its conversions of strings
+# included: these, and loops by reference, stand in for them.
+cdef int _assign(string& to, bytes text) except -1:
+    to.assign(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+    return 0
+
+
+cdef str _text(const string& text):
+    return PyUnicode_DecodeUTF8(text.data(), text.size(), "replace")
 
 
 class Command(enum.IntEnum):
@@ -159,7 +171,8 @@ cdef class RetryPolicy:
         for delay in delays:
             policy.delays.push_back(Seconds(delay))
         for prefix in error_replies:
-            policy.error_replies.push_back(prefix)
+            policy.error_replies.resize(policy.error_replies.size() + 1)
+            _assign(policy.error_replies.back(), prefix)
 
 
 @cython.final
@@ -284,10 +297,13 @@ cdef class Batch:
             ``(indices without an answer, [(index, error line)] of those sent elsewhere)``.
         """
         cdef Rest rest = self.cpp.get().take(part.cpp.get()[0])
-        return list(rest.unanswered), [
-            (failure.index, failure.error.decode("utf-8", "replace"))
-            for failure in rest.redirected
-        ]
+        cdef const Failure* failure
+        cdef size_t i
+        cdef list redirected = []
+        for i in range(rest.redirected.size()):
+            failure = &rest.redirected[i]
+            redirected.append((failure.index, _text(failure.error)))
+        return list(rest.unanswered), redirected
 
     def end_parts(self):
         """Say that no part will be submitted any more: the pins go when the last is drained."""
@@ -426,7 +442,7 @@ cdef class Batch:
     @property
     def detail(self) -> str:
         """After the drain: the text that belongs to `code`."""
-        return self.cpp.get().status().detail.decode("utf-8", "replace")
+        return _text(self.cpp.get().status().detail)
 
     def hits(self):
         """After the drain: one bool a key; False for a miss and for every failure."""
@@ -443,18 +459,22 @@ cdef class Batch:
         """After the drain: ``(index, expected bytes, actual bytes, error line)`` for each key with
         another length (the line is None then) or an error reply, in the order of the keys."""
         cdef CppBatch* batch = self.cpp.get()
+        cdef const Failure* failure
+        cdef size_t i
+        cdef list result = []
         if batch.all_answered_plainly():
-            return []
-        return sorted(
-            (
+            return result
+        for i in range(batch.failures().size()):
+            failure = &batch.failures()[i]
+            result.append((
                 failure.index,
                 batch.value_bytes(failure.index),
                 failure.actual_bytes,
-                failure.error.decode("utf-8", "replace")
+                _text(failure.error)
                 if batch.outcome(failure.index) == Outcome.refused else None,
-            )
-            for failure in batch.failures()
-        )
+            ))
+        result.sort()
+        return result
 
 
 cdef unsigned long long _last_id = 0
@@ -568,7 +588,7 @@ cdef class TlsStream:
         bytes password,
     ):
         cdef CppTlsSettings settings
-        settings.server_name = server_name
+        _assign(settings.server_name, server_name)
         settings.check_server_name = check_server_name
         settings.check_common_name = check_common_name
         settings.wants_certificate = wants_certificate
@@ -577,16 +597,16 @@ cdef class TlsStream:
         settings.min_version = min_version
         settings.max_version = max_version
         settings.security_level = security_level
-        settings.ciphers = ciphers
-        settings.cipher_suites = cipher_suites
-        settings.system_ca_file = system_ca_file
-        settings.system_ca_path = system_ca_path
-        settings.ca_file = ca_file
-        settings.ca_path = ca_path
-        settings.ca_data = ca_data
+        _assign(settings.ciphers, ciphers)
+        _assign(settings.cipher_suites, cipher_suites)
+        _assign(settings.system_ca_file, system_ca_file)
+        _assign(settings.system_ca_path, system_ca_path)
+        _assign(settings.ca_file, ca_file)
+        _assign(settings.ca_path, ca_path)
+        _assign(settings.ca_data, ca_data)
         settings.ca_data_is_pem = ca_data_is_pem
-        settings.certificate_file = certificate_file
-        settings.key_file = key_file
+        _assign(settings.certificate_file, certificate_file)
+        _assign(settings.key_file, key_file)
         settings.password = string_view(
             PyBytes_AS_STRING(password), PyBytes_GET_SIZE(password)
         )
@@ -657,7 +677,7 @@ cdef class TlsStream:
 cdef Py_ssize_t _bytes_moved(const Moved& moved) except -1:
     if moved.status.code != _Code.ok:
         # An OSError, which redis-py expects of a socket, with the number of SSLError.
-        raise ConnectionError(1, moved.status.detail.decode("utf-8", "replace").rstrip("."))
+        raise ConnectionError(1, _text(moved.status.detail).rstrip("."))
     return moved.bytes
 
 
@@ -935,12 +955,15 @@ cdef class Engine:
         """Return ``(Notice, text)`` of what happened since the last call; `connect_event` tells.
         The text is the system's, or the server's."""
         cdef vector[CppNotice] notices
+        cdef const CppNotice* notice
+        cdef size_t i
+        cdef list result = []
         with nogil:
             notices = self.cpp.take_notices()
-        return [
-            (Notice(<int>notice.kind), notice.text.decode("utf-8", "replace"))
-            for notice in notices
-        ]
+        for i in range(notices.size()):
+            notice = &notices[i]
+            result.append((Notice(<int>notice.kind), _text(notice.text)))
+        return result
 
     def adopt(self, uint32_t lane, int fd, double stall_timeout, double health_interval):
         """Take over a connected socket; closes it in the end, and also when this raises.
@@ -965,9 +988,10 @@ cdef class Engine:
         """Say that a connection cannot be made; it is not asked for again for ``delay`` seconds if
         another can do its work. Batches that need it end with `Code.CONNECT_FAILED`, if they are
         not newer than ``newest``: what `newest_batch` was when the last try began."""
-        cdef string detail = why.encode()
+        cdef bytes detail = why.encode()
+        cdef string_view text = string_view(PyBytes_AS_STRING(detail), PyBytes_GET_SIZE(detail))
         with nogil:
-            self.cpp.connect_failed(lane, newest, detail, delay)
+            self.cpp.connect_failed(lane, newest, text, delay)
 
     @staticmethod
     def newest_batch():

@@ -276,7 +276,7 @@ cdef extern from "engine.hpp" namespace "fastkv" nogil:
         Gauges gauges() except +
         void adopt(uint32_t, UniqueFd, double, double) except +
         void adopt(uint32_t, unique_ptr[CppTlsStream], double, double) except +
-        void connect_failed(uint32_t, uint64_t, string, double) except +
+        void connect_failed(uint32_t, uint64_t, string_view, double) except +
         void before_fork() except +
         void after_fork_in_parent() except +
         void close_fds_after_fork() noexcept

@@ -99,7 +99,7 @@ void Engine::adopt(std::uint32_t lane, std::unique_ptr<Stream> stream, double st
   }
 }
 
-void Engine::connect_failed(std::uint32_t lane, std::uint64_t newest, const std::string& why,
+void Engine::connect_failed(std::uint32_t lane, std::uint64_t newest, std::string_view why,
                             double delay_seconds) {
   schedule_.connect_failed(lane, newest, {Code::connect_failed, why}, to_duration(delay_seconds));
 }

@@ -8,7 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <string>
+#include <string_view>
 #include <vector>
 
 #include "batch.hpp"
@@ -54,7 +54,7 @@ class Engine {
   void adopt(std::uint32_t lane, UniqueFd socket, double stall_seconds, double health_seconds);
   void adopt(std::uint32_t lane, std::unique_ptr<Stream> stream, double stall_seconds,
              double health_seconds);
-  void connect_failed(std::uint32_t lane, std::uint64_t newest, const std::string& why,
+  void connect_failed(std::uint32_t lane, std::uint64_t newest, std::string_view why,
                       double delay_seconds);
 
   // fork() copies only the calling thread: the child may close its descriptors, no more.

@@ -422,8 +422,8 @@ def started():
         os.sched_yield()
 async def many():
     aclient = fastkv.asyncio.Redis(**kwargs)
-    tasks = [asyncio.ensure_future(aclient.batch_tile_get(["v"], [bytearray(len(value))]))
-             for _ in range(20)]
+    calls = [aclient.batch_tile_get(["v"], [bytearray(len(value))]) for _ in range(20)]
+    tasks = [asyncio.ensure_future(call) for call in calls]
     await asyncio.sleep(0.05)
 """
 
