@@ -694,14 +694,11 @@ cdef class CompletionQueue:
 
     cdef shared_ptr[CppCompletionQueue] cpp
     cdef readonly Py_ssize_t in_flight
-    # Completed batches, of which those from `next` on are in the engine's table still.
-    cdef vector[uint64_t] taken
-    cdef size_t next
+    cdef optional[uint64_t] taken  # completed, and in the engine's table still
 
     def __cinit__(self):
         self.cpp = make_shared[CppCompletionQueue]()
         self.in_flight = 0
-        self.next = 0
 
     def fileno(self):
         """A descriptor that is readable when there is something to drain."""
@@ -720,7 +717,7 @@ cdef class CompletionQueue:
 
     def clear(self):
         """Forget wakes. For a queue that no engine completes batches on."""
-        self.cpp.get().drain()
+        self.cpp.get().next()
 
     def close(self):
         """Give the descriptor back; nothing must be in flight on this queue."""
@@ -879,22 +876,21 @@ cdef class Engine:
         """
         cdef Batch batch
         cdef list done = []
+        # With the GIL, or two threads that drain would lose what one of them has taken.
         try:
-            if queue.next == queue.taken.size():
-                # With the GIL, or two threads that drain would lose what one of them has taken.
-                queue.next = 0
-                queue.taken.clear()
-                queue.taken = queue.cpp.get().drain()
-            while queue.next < queue.taken.size():
-                batch = self.in_flight[queue.taken[queue.next]]
+            while True:
+                if not queue.taken.has_value():
+                    queue.taken = queue.cpp.get().next()
+                if not queue.taken.has_value():
+                    break
+                batch = self.in_flight[queue.taken.value()]
                 done.append(batch)
                 # From here on nothing takes memory.
-                queue.next += 1
+                queue.taken.reset()
                 batch.drained = True
                 batch._release()
                 self._take_out(batch, queue)
         except MemoryError:
-            queue.cpp.get().wake()
             if not done:
                 raise
         return done

@@ -37,7 +37,7 @@ cdef extern from "completion_queue.hpp" namespace "fastkv" nogil:
     cdef cppclass CppCompletionQueue "fastkv::CompletionQueue":
         CppCompletionQueue() except +
         int fd() noexcept
-        vector[uint64_t] drain() except +
+        optional[uint64_t] next() noexcept
         void wake() noexcept
         void close() noexcept
         void close_after_fork() noexcept

@@ -15,18 +15,19 @@ void CompletionQueue::forget() noexcept {
 
 void CompletionQueue::push(std::uint64_t batch_id) noexcept {
   std::lock_guard lock(mutex_);
-  const bool first = ready_.empty();
+  const bool first = first_ == ready_.size();
   ready_.push_back(batch_id);
   if (first) event_.signal();
 }
 
-std::vector<std::uint64_t> CompletionQueue::drain() {
+std::optional<std::uint64_t> CompletionQueue::next() noexcept {
   std::lock_guard lock(mutex_);
-  std::vector<std::uint64_t> taken(ready_);  // a copy: the room is for those to come
+  if (first_ < ready_.size()) return ready_[first_++];
   event_.clear();
+  expected_ -= ready_.size();
   ready_.clear();
-  expected_ -= taken.size();
-  return taken;
+  first_ = 0;
+  return std::nullopt;
 }
 
 void CompletionQueue::wake() noexcept {

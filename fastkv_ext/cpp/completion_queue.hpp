@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "fd.hpp"
@@ -23,9 +24,9 @@ class CompletionQueue {
   // drained: they share a wake-up.
   void push(std::uint64_t batch_id) noexcept;
 
-  // The caller. A wake-up may come for an empty queue, never the reverse. Throws std::bad_alloc,
-  // and has drained nothing then.
-  std::vector<std::uint64_t> drain();
+  // The caller: the oldest id, until there is none. Takes no memory. A wake-up may come for an
+  // empty queue, never the reverse.
+  std::optional<std::uint64_t> next() noexcept;
 
   // Any thread. Wakes the caller with nothing to drain.
   void wake() noexcept;
@@ -42,7 +43,8 @@ class CompletionQueue {
   EventFd event_;
   // guarded by mutex_
   std::vector<std::uint64_t> ready_;  // has room for all that are expected
-  std::size_t expected_ = 0;          // and those in ready_
+  std::size_t first_ = 0;             // in ready_: those before it have been taken
+  std::size_t expected_ = 0;          // with those in ready_
 };
 
 }  // namespace fastkv

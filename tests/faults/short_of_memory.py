@@ -178,7 +178,7 @@ def main(kind: str, port: int, step: int, at: int) -> None:
     for thing in things:
         n = at
         while True:
-            faulthandler.dump_traceback_later(4 * PATIENCE, exit=True)
+            faulthandler.dump_traceback_later(2 * PATIENCE, exit=True)
             began = time.monotonic()
             SHIM.arm(where, ctypes.c_long(n), ctypes.c_long(count))
             try:
