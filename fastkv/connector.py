@@ -376,18 +376,20 @@ class Connector:
         poll = select.poll()
         poll.register(self._engine.connect_event(), select.POLLIN)
         failure: BaseException | None = None
+        newest = 0
         while not self._closing:
             try:
                 if failure is not None:
-                    self._give_up(self._engine.newest_batch(), failure)
+                    self._give_up(newest, failure)
                     failure = None  # it keeps the pool alive
                 self._turn(poll)
             except BaseException as error:
                 # A hook of the user's, whatever it raises; or there is no memory.
-                # Nobody may wait for ever, and the next one may have more luck.
-                if failure is not None:
-                    time.sleep(_LEAST_DELAY)  # that cannot even be told
-                failure = error
+                # Nobody may wait for ever, and who comes later may have more luck.
+                if failure is None:
+                    failure, newest = error, self._engine.newest_batch()
+                else:
+                    time.sleep(_LEAST_DELAY)  # it cannot even be told
                 self._engine.wake_connector()  # what it stood for is still to be done
 
     def _turn(self, poll: select.poll) -> None:

@@ -3,6 +3,7 @@
 SHIM = r"""
 #include <Python.h>
 #include <execinfo.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -12,10 +13,11 @@ SHIM = r"""
 namespace {
 
 std::atomic<long> live_blocks{0};
-std::atomic<int> where{0};  // 1: operator new, 2: Python's objects; 0: nowhere
+std::atomic<int> where{0};  // 1: operator new, 2: Python's, by the caller; 0: nowhere
 std::atomic<long> until{0};  // allocations before the first that fails
 std::atomic<long> most{0};
 std::atomic<int> failed{0};
+pthread_t caller;
 
 // For whoever must find what does not stand a failure.
 void* frames[30];
@@ -27,6 +29,8 @@ int depth = 0;
 
 bool fails(int here) {
   if (where.load() != here) return false;
+  // A thread of CPython's that has no memory to begin hangs whoever has started it.
+  if (here == 2 && !pthread_equal(pthread_self(), caller)) return false;
   if (until.fetch_sub(1) > 1) return false;
   if (most.fetch_sub(1) <= 0) return false;
   failed = 1;
@@ -60,6 +64,7 @@ void py_free(void* ctx, void* p) {
 extern "C" void arm(int here, long n, long count) {
   std::set_terminate(tell);
   failed = 0;
+  caller = pthread_self();
   until = n;
   most = count;
   if (here == 2 && !before[1].malloc) {

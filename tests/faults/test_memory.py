@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import itertools
 import random
+import resource
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+from redis.exceptions import RedisError, TimeoutError
 
+import fastkv
+import fastkv.asyncio
+from fastkv.tls import TlsSocket
+from tests.conftest import eventually, fastkv_threads, open_fds
 from tests.faults.conftest import LONG
 from tests.faults.held import RANGED_BYTES, HeldServer
 from tests.faults.native import built
 from tests.faults.short_of_memory_shim import SHIM
+from tests.faults.test_processes import Child
 
 
 class Server(HeldServer):
@@ -35,6 +47,7 @@ class Server(HeldServer):
         return super().answer(connection, command)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["one new", "all news", "one object"])
 def test_each_allocation_may_fail(kind: str) -> None:
     step = 1 if LONG else 7
@@ -47,7 +60,82 @@ def test_each_allocation_may_fail(kind: str) -> None:
             ],
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=800,
         )
     assert done.returncode == 0, f"step {step} from {at}\n{done.stderr[-5000:]}"
     assert int(done.stdout) > 50
+
+
+def short_of_descriptors(room: int) -> Callable[[], None]:
+    """Leave that many; returns what lifts the limit."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = open_fds()
+    free = (fd for fd in itertools.count() if fd not in taken)
+    limit = next(itertools.islice(free, room, None))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("use", ["get", "future", "task", "one client"])
+def test_no_descriptors_is_an_error_until_there_are_some(use: str) -> None:
+    """However many there are: none for the engine, the connector, a connection ..."""
+    with Server() as server:
+        settings: dict[str, Any] = {"port": server.port, "tile_workers": 2}
+        value = server.data[b"plain"]
+        kept = fastkv.Redis(**settings)
+
+        async def task(memory: bytearray) -> list[bool]:
+            async with fastkv.asyncio.Redis(**settings) as client:
+                return await client.batch_tile_get(["plain"], [memory], timeout=30)
+
+        def call() -> None:
+            memory = bytearray(b"." * len(value))
+            if use == "task":
+                hits = asyncio.run(task(memory))
+            elif use == "one client":
+                kept.connection_pool.disconnect()  # it connects anew
+                hits = kept.batch_tile_get(["plain"], [memory], timeout=30)
+            else:
+                with fastkv.Redis(**settings) as client:
+                    future = client.submit_batch_tile_get(
+                        ["plain"], [memory], timeout=30
+                    )
+                    hits = future.result(60)
+            assert hits == [True]
+            assert memory == value
+
+        def work() -> None:
+            call()
+            kept.close()
+            failed = 0
+            for room in range(0, 40, 1 if LONG else 3):
+                before = open_fds()
+                lift = short_of_descriptors(room)
+                try:
+                    call()
+                except (OSError, RuntimeError, RedisError) as error:
+                    failed += 1
+                    timed_out = isinstance(error, TimeoutError)
+                    assert not timed_out  # it was told at once
+                finally:
+                    lift()
+                call()
+                kept.close()
+                assert eventually(lambda: not fastkv_threads())
+                gc.collect()
+                assert open_fds().keys() <= before.keys(), room
+            assert failed
+
+        child = Child(work)
+        child.go_on()
+        child.end()
+
+
+def test_a_tls_stream_that_cannot_be_made_leaves_no_descriptor() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_connection(listener.getsockname()) as sock:
+            before = open_fds()
+            for settings in ({}, {"server_name": "not bytes"}):
+                with pytest.raises(TypeError):
+                    TlsSocket(sock, dict(settings))
+            assert open_fds() == before
