@@ -693,6 +693,9 @@ def test_an_interrupt_at_any_line_of_ours_leaves_a_client_that_works() -> None:
         assert lines > (100 if LONG else 20)
 
 
+# Python's own and redis-py's files and finalizers are interrupted, too.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_signals_at_random_moments_leave_a_client_that_works() -> None:
     seed = random.getrandbits(32)
     chance = random.Random(seed)
