@@ -410,6 +410,7 @@ void Worker::learn_server(Lane& lane, const Completed& reply) noexcept try {
   turn_again_ = true;
   schedule_.identified(lane.number, lane.server);
 } catch (const std::bad_alloc&) {
+  lane.server.clear();
 }
 
 // Drops the connection. Its operations go back to the queue as far as their policy allows.

@@ -453,7 +453,7 @@ def test_a_process_ends_though_work_is_in_flight(ending: str, silent: bool) -> N
             server.data[b"v"] = bytes(range(256)) * 40
         done = subprocess.run(
             [
-                *(sys.executable, "-X", "dev", "-c"),
+                *(sys.executable, *(["-X", "dev"] if LONG else []), "-c"),
                 *(BEGIN + ENDINGS[ending], str(server.port)),
             ],
             capture_output=True,
@@ -468,7 +468,9 @@ def test_a_process_ends_though_work_is_in_flight(ending: str, silent: bool) -> N
         )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT] if LONG else [signal.SIGINT]
+)
 @pytest.mark.parametrize("where", ["blocking", "future", "asyncio", "closing"])
 def test_a_signal_ends_a_process_at_once(number: signal.Signals, where: str) -> None:
     code = {
