@@ -83,6 +83,7 @@ def test_no_descriptors_is_an_error_until_there_are_some(use: str) -> None:
         settings: dict[str, Any] = {"port": server.port, "tile_workers": 2}
         value = server.data[b"plain"]
         kept = fastkv.Redis(**settings)
+        loop = asyncio.new_event_loop()  # asyncio's own leak some
 
         async def task(memory: bytearray) -> list[bool]:
             async with fastkv.asyncio.Redis(**settings) as client:
@@ -91,7 +92,7 @@ def test_no_descriptors_is_an_error_until_there_are_some(use: str) -> None:
         def call() -> None:
             memory = bytearray(b"." * len(value))
             if use == "task":
-                hits = asyncio.run(task(memory))
+                hits = loop.run_until_complete(task(memory))
             elif use == "one client":
                 kept.connection_pool.disconnect()  # it connects anew
                 hits = kept.batch_tile_get(["plain"], [memory], timeout=30)
@@ -129,6 +130,7 @@ def test_no_descriptors_is_an_error_until_there_are_some(use: str) -> None:
         child = Child(work)
         child.go_on()
         child.end()
+        loop.close()
 
 
 def test_a_tls_stream_that_cannot_be_made_leaves_no_descriptor() -> None:
