@@ -169,10 +169,10 @@ def main(kind: str, port: int, step: int, at: int) -> None:
     work = Work(port)
     things: list[Callable[[], None]] = [
         *(work.get, work.set, work.errors, work.lost, work.late),
-        *(work.retire, work.life),
+        work.retire,
     ]
-    if where == 1:  # else it is CPython's own futures and loops that fail
-        things += [work.futures, work.tasks]
+    if where == 1:  # else it is Python's own futures, loops and files that fail
+        things += [work.life, work.futures, work.tasks]
     fds: Any = None
     for thing in [work.check, *things]:
         thing()  # what is only made once is there
