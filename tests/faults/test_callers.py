@@ -536,6 +536,7 @@ def test_keys_and_buffers_that_raise_leave_no_pin(raised: Any) -> None:
         released = memoryview(bytearray(100))
         released.release()
         memory = bytearray(100)
+        kept: list[object] = []
         cases: list[tuple[Any, Any]] = [
             (["v", OddKey(1)], [memory, memory]),
             (["v", "w"], breaks_off(memory, raised)),
@@ -551,8 +552,11 @@ def test_keys_and_buffers_that_raise_leave_no_pin(raised: Any) -> None:
         ]
         for number, (keys, buffers) in enumerate(cases):
             for call in (client.batch_tile_get, client.submit_batch_tile_get):
-                with pytest.raises((raised, TypeError, ValueError, redis.DataError)):
+                with pytest.raises(
+                    (raised, TypeError, ValueError, redis.DataError)
+                ) as caught:
                     call(keys, buffers)
+                kept.append(caught)  # with the frames, which hold the batch
                 assert resizable(memory), number
         assert client.batch_tile_get(["v"], [memory]) == [True]
         assert memory == value
