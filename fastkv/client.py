@@ -12,7 +12,13 @@ from fastkv._core import Batch
 from fastkv.info import TileInfo
 from fastkv.node import Node, TileFuture
 from fastkv.options import TileOptions, options_of_url, signed_as
-from fastkv.registry import drop_node, info_of_pool, leave_node, node_of
+from fastkv.registry import (
+    drop_node,
+    info_of_pool,
+    leave_node,
+    node_of,
+    registered_node,
+)
 from fastkv.tiles import Tiles
 
 if TYPE_CHECKING:
@@ -120,10 +126,11 @@ class Redis(Tiles, redis.Redis):
         The client can be used again.
         """
         # redis-py calls this for a half-made client too.
-        node = getattr(self, "_tile_node", None)
-        if node is not None:
+        if hasattr(self, "connection_pool"):
+            node = self._tile_node or registered_node(self)
             self._tile_node = None
-            leave_node(self, node)
+            if node is not None:
+                leave_node(self, node)
         super().close()
 
     def __del__(self) -> None:

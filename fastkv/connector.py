@@ -14,6 +14,7 @@ import inspect
 import logging
 import select
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -263,7 +264,18 @@ def _name_fastkv(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _without_secrets(error: Exception) -> str:
+def _for_callers(error: BaseException) -> Exception:
+    """What those who wait for a connection raise, on their own threads: SystemExit of a
+    hook, or asyncio.CancelledError, was not meant for them.
+    """
+    if isinstance(error, Exception):
+        return error
+    wrapped = ConnectionError(f"A hook of the connection has raised {error!r}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _without_secrets(error: BaseException) -> str:
     """For a log: some servers repeat the password in their answer to AUTH."""
     if type(error) in (ConnectionError, TimeoutError):  # the system's, by redis-py
         return f"{type(error).__name__}: {error}"
@@ -273,8 +285,8 @@ def _without_secrets(error: Exception) -> str:
 class _Attempt:
     """A connection that the engine asked for."""
 
-    def __init__(self, lane: int, due: float) -> None:
-        self.lane = lane
+    def __init__(self, due: float) -> None:
+        self.lane = -1
         self.due = due  # time.monotonic()
         self.failures = 0
 
@@ -302,7 +314,12 @@ class Connector:
         self._log = Limited(connections)
         self._failing = False  # the last attempt to connect has failed
         self._closing = False
+        self._attempts: list[_Attempt] = []  # the connector's thread only
         self._connecting: Any = None  # the Connection at work, for close()
+        # Held while a connected socket is handed over, and across fork, which finds it
+        # either with the Connection or with the engine.
+        self._handing_over = threading.Lock()
+        self._at_fork: list[Any] = []  # sockets on their way
         self._thread = threading.Thread(
             target=self._serve, name="fastkv-connector", daemon=True
         )
@@ -310,7 +327,8 @@ class Connector:
 
     def close(self, timeout: float) -> None:
         """Stop, after the engine was closed. A connect to an address that does not
-        answer cannot be interrupted: such a thread ends by itself, later.
+        answer cannot be interrupted: such a thread ends by itself, later. May be called
+        again.
         """
         self._closing = True
         self._engine.wake_connector()
@@ -322,73 +340,117 @@ class Connector:
                 sock.shutdown(socket.SHUT_RDWR)  # ends a handshake that waits
             except (OSError, AttributeError):
                 pass  # over already, or what a connection class has for a socket
-        if threading.current_thread() is not self._thread:
+        if threading.get_ident() != self._thread.ident:
             self._thread.join(timeout)
+
+    def before_fork(self) -> None:
+        """One of the next two must follow."""
+        self._handing_over.acquire()
+        if self._connecting is None:
+            return
+        # redis-py keeps a socket that it is connecting in a local variable.
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        while frame is not None:
+            self._at_fork += [
+                value
+                for value in frame.f_locals.values()
+                if isinstance(value, (socket.socket, TlsSocket))
+            ]
+            frame = frame.f_back
+        self._at_fork.append(getattr(self._connecting, "_sock", None))
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._at_fork.clear()
+        self._handing_over.release()
+
+    def after_fork_in_child(self) -> None:
+        """Give the descriptors back; the parent goes on with what it was connecting."""
+        self._closing = True
+        for sock in self._at_fork:
+            if sock is not None:
+                sock.close()
+        self._at_fork.clear()
 
     def _serve(self) -> None:
         poll = select.poll()
         poll.register(self._engine.connect_event(), select.POLLIN)
-        attempts: list[_Attempt] = []
-        while True:
-            now = time.monotonic()
-            next_due = min((attempt.due for attempt in attempts), default=None)
-            if next_due is None or next_due > now:
-                poll.poll(None if next_due is None else (next_due - now) * 1000 + 1)
-            # Clears the event, so it comes before the look at _closing.
-            now = time.monotonic()
-            for lane in self._engine.take_connect_requests():
-                attempts.append(_Attempt(lane, now))
-            for notice, text in self._engine.take_notices():
-                level, kind = _NOTICES[notice]
-                self._log.say(level, kind, f"{self._address}: {text}")
-            self._check_used()  # may close us
-            if self._closing:
-                return
-            newest = self._engine.newest_batch()
-            pool = self._pool()
-            if pool is None:
-                # Who closes us may not know yet: a garbage collection takes its time
-                # between the pool and the client.
-                error = ConnectionError("The connection pool is gone.")
-                attempts = self._give_up(attempts, newest, error)
-                continue
+        failure: BaseException | None = None
+        newest = 0
+        while not self._closing:
             try:
-                retry = retry_of(pool)
-                for attempt in [a for a in attempts if a.due <= now]:
-                    attempts = self._try(pool, attempt, retry, attempts)
-                    if self._closing:
-                        return
-            except Exception as error:
-                # A backoff of the user's that raises, say. Nobody may wait for ever.
-                attempts = self._give_up(attempts, newest, error)
-            del pool  # do not keep it alive while waiting
+                if failure is not None:
+                    self._give_up(newest, failure)
+                    failure = None  # it keeps the pool alive
+                self._turn(poll)
+            except BaseException as error:
+                # A hook of the user's, whatever it raises; or there is no memory.
+                # Nobody may wait for ever, and who comes later may have more luck.
+                if failure is None:
+                    failure, newest = error, self._engine.newest_batch()
+                else:
+                    time.sleep(_LEAST_DELAY)  # it cannot even be told
+                self._engine.wake_connector()  # what it stood for is still to be done
+
+    def _turn(self, poll: select.poll) -> None:
+        now = time.monotonic()
+        next_due = min((attempt.due for attempt in self._attempts), default=None)
+        if next_due is None or next_due > now:
+            poll.poll(None if next_due is None else (next_due - now) * 1000 + 1)
+        # Clears the event, so it comes before the look at _closing.
+        now = time.monotonic()
+        while True:
+            self._attempts.append(_Attempt(now))  # first, because it takes memory
+            lane = self._engine.take_connect_request()
+            if lane is None:
+                break
+            self._attempts[-1].lane = lane
+        self._attempts.pop()
+        for notice, text in self._engine.take_notices():
+            level, kind = _NOTICES[notice]
+            self._log.say(level, kind, f"{self._address}: {text}")
+        self._check_used()  # may close us
+        if self._closing or not self._attempts:
+            return
+        pool = self._pool()
+        if pool is None:
+            # Who closes us may not know yet: a garbage collection takes its time
+            # between the pool and the client.
+            raise ConnectionError("The connection pool is gone.")
+        retry = retry_of(pool)
+        for attempt in [a for a in self._attempts if a.due <= now]:
+            self._try(pool, attempt, retry)
             if self._closing:
                 return
 
-    def _try(
-        self,
-        pool: Pool,
-        attempt: _Attempt,
-        retry: AbstractRetry[Any],
-        attempts: list[_Attempt],
-    ) -> list[_Attempt]:
-        """Make one attempt; returns those that are left."""
-        if attempt not in attempts:
-            return attempts  # given up together with another
+    def _try(self, pool: Pool, attempt: _Attempt, retry: AbstractRetry[Any]) -> None:
+        """Make one attempt."""
+        if attempt not in self._attempts:
+            return  # given up together with another
         newest = self._engine.newest_batch()
         connection = None
         try:
             connection = make_connection(pool, self._find_loop)
             self._connecting = connection
+            stall_timeout = float(connection.socket_timeout or 0)
+            health_interval = float(connection.health_check_interval or 0)
             connection.connect()
-            taken = take_socket(connection)
-        except Exception as error:
+            with self._handing_over:
+                taken = take_socket(connection)
+                if isinstance(taken, TlsStream):
+                    adopt = self._engine.adopt_tls
+                    adopt(attempt.lane, taken, stall_timeout, health_interval)
+                else:
+                    self._engine.adopt(
+                        attempt.lane, taken, stall_timeout, health_interval
+                    )
+        except BaseException as error:
             # redis-py does it for errors of its own; the others would leave the socket
             # to the garbage collector.
             if connection is not None:
                 connection.disconnect()
             if self._closing:
-                return []
+                return
             self._failing = True
             self._log.say(
                 logging.WARNING,
@@ -402,35 +464,27 @@ class Connector:
                 retries < 0 or attempt.failures <= retries
             ):
                 attempt.due = time.monotonic() + delay
-                return attempts
-            return self._give_up(attempts, newest, error, delay)
+                return
+            self._give_up(newest, error, delay)
+            return
         finally:
             self._connecting = None
+        self._attempts.remove(attempt)
         if self._failing:
             self._failing = False
             self._log.say(logging.INFO, "connected again", self._address)
-        stall_timeout = float(connection.socket_timeout or 0)
-        health_interval = float(connection.health_check_interval or 0)
-        if isinstance(taken, TlsStream):
-            self._engine.adopt_tls(attempt.lane, taken, stall_timeout, health_interval)
-        else:
-            self._engine.adopt(attempt.lane, taken, stall_timeout, health_interval)
-        return [a for a in attempts if a is not attempt]
 
-    def _give_up(
-        self,
-        attempts: list[_Attempt],
-        newest: int,
-        error: Exception,
-        delay: float = 0.0,
-    ) -> list[_Attempt]:
+    def _give_up(self, newest: int, error: BaseException, delay: float = 0.0) -> None:
         """The others would fail likewise: nobody should wait for each of them."""
-        self.error = error
-        for attempt in attempts:
+        self.error = _for_callers(error)
+        while self._attempts:
             self._engine.connect_failed(
-                attempt.lane, newest, type(error).__name__, max(delay, _LEAST_DELAY)
+                self._attempts[-1].lane,
+                newest,
+                type(error).__name__,
+                max(delay, _LEAST_DELAY),
             )
-        return []
+            self._attempts.pop()
 
     def fresh_error(self) -> Exception:
         """A copy of `error`, for one caller to raise."""

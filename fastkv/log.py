@@ -34,7 +34,7 @@ class Limited:
         more = f" ({silent} more like it since the last line)" if silent else ""
         try:
             self._logger.log(level, "%s: %s%s", kind, text, more)
-        except Exception:
+        except BaseException:
             # A handler of the user's that raises; the thread that reports a trouble
             # has to see to it next.
             pass

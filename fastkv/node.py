@@ -8,6 +8,8 @@ class.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import threading
 import time
 import weakref
@@ -38,6 +40,7 @@ from fastkv.connector import (
 from fastkv.errors import error_of_code
 from fastkv.log import logger
 from fastkv.options import TileOptions
+from fastkv.shielded import Condition, shielded
 
 # Requests that a connection may have in flight: enough to hide a round trip of lookups.
 _WINDOW_REQUESTS = 1024
@@ -57,6 +60,7 @@ class TileFuture(Future[list[bool]]):
 
     def __init__(self, finish: Callable[[], list[bool]], cancel: Callable[[], None]):
         super().__init__()
+        self._condition = Condition()
         self._finish = finish
         self._cancel = cancel
 
@@ -83,7 +87,7 @@ class TileFuture(Future[list[bool]]):
         # The thread that held the old one, if any, does not exist here. Nor do the
         # threads and loops that callbacks and waiters belong to, and locks of theirs
         # may be held.
-        self._condition = threading.Condition()
+        self._condition = Condition()
         self.__dict__["_done_callbacks"] = []
         self.__dict__["_waiters"] = []
         self._finish = self._cancel = _nothing
@@ -120,6 +124,7 @@ class Node:
             getattr(pool, "max_connections", 1 << 30)
         )
         self.closed = False
+        self._pid = os.getpid()
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # clients
         self.pool = weakref.ref(pool)
         self._broken = False  # a worker has died
@@ -146,8 +151,8 @@ class Node:
 
     @property
     def usable(self) -> bool:
-        """Whether new batches are taken."""
-        return not (self.closed or self._broken)
+        """Whether new batches are taken. A fork in C tells nobody."""
+        return not (self.closed or self._broken) and self._pid == os.getpid()
 
     # --- the four ways to wait -------------------------------------------------------
 
@@ -175,9 +180,14 @@ class Node:
         if len(batch) == 0:
             future._drained()
             return future
-        code = self.start(batch, self.future_queue(), seconds, future)
-        self._check_accepted(code, batch)
-        return future
+        try:
+            code = self.start(batch, self.future_queue(), seconds, future)
+            self._check_accepted(code, batch)
+            return future
+        except BaseException:
+            # Interrupted, perhaps after it was accepted: nobody would know of it.
+            self._engine.cancel(batch)
+            raise
 
     async def wait(self, batch: Batch, timeout: float | None) -> list[bool]:
         """Submit and await. A cancelled task goes on once no worker can touch the
@@ -190,9 +200,13 @@ class Node:
         loop = asyncio.get_running_loop()
         queue = self.queue_of(loop)
         batch.waiter = loop.create_future()
-        code = self._engine.submit(batch, queue, self._retry_policy(), seconds)
-        self._check_accepted(code, batch)
-        await drained([(self, batch)])
+        try:
+            code = self._engine.submit(batch, queue, self._retry_policy(), seconds)
+            self._check_accepted(code, batch)
+            await drained([(self, batch)])
+        except BaseException:
+            self._engine.cancel(batch)  # as in submit()
+            raise
         return self._finish(batch, seconds, began)
 
     def submit_to(
@@ -281,12 +295,18 @@ class Node:
 
     def future_queue(self) -> CompletionQueue:
         """Of the thread that completes futures; started if need be."""
+        futures = self._futures
+        if futures is None:
+            futures = shielded(self._start_futures)
+        return futures.queue
+
+    def _start_futures(self) -> _FutureThread:
         with self._lock:
-            if self._futures is None and not self.closed:
-                self._futures = _FutureThread(self._engine)
             if self._futures is None:
-                raise error_of_code(Code.CLOSED, "", 0, 0)
-            return self._futures.queue
+                if self.closed:
+                    raise error_of_code(Code.CLOSED, "", 0, 0)
+                self._futures = _FutureThread(self._engine)
+            return self._futures
 
     # --- life ------------------------------------------------------------------------
 
@@ -301,38 +321,41 @@ class Node:
             self._engine.wake_connector()
 
     def close(self) -> None:
-        """Complete what is pending with an error, join the threads. Idempotent."""
+        """Complete what is pending with an error, join the threads. Idempotent: whoever
+        comes second does what the first has not done yet, and may have failed to.
+        """
         with self._lock:
-            already, self.closed = self.closed, True
-            futures, self._futures = self._futures, None
-            loops, self._loops = self._loops, []
-        if already:
-            self._engine.close()  # whoever is at it: no batch is pending afterwards
-            return
+            self.closed = True
         self._finalizer.detach()
         self._engine.close()
         self._connector.close(_PATIENCE)
+        futures = self._futures
         if futures is not None:
             futures.close(_PATIENCE)
-        for loop in loops:
-            loop.leave()
-        while self._idle:
-            self._idle.pop().close()
+        for of_whom in (self._loops, self._idle):
+            while of_whom:
+                try:
+                    of_whom.pop().close()
+                except IndexError:  # somebody else closes, too
+                    break
         self._engine.close_fds()
 
     def before_fork(self) -> None:
         """One of the next two must follow."""
+        self._connector.before_fork()
         self._engine.before_fork()
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
         self._engine.after_fork_in_parent()
+        self._connector.after_fork_in_parent()
 
     def after_fork_in_child(self) -> None:
         """Only descriptors are left of us: give them back."""
         self.closed = True
         self._finalizer.detach()
         self._lock = threading.RLock()
+        self._connector.after_fork_in_child()
         batches = self._engine.after_fork_in_child()
         if self._futures is not None:
             batches += self._futures.drained
@@ -465,7 +488,7 @@ class _Loop:
         loop = self.loop()
         return loop is None or loop.is_closed()
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Give its waiters what has completed, and the descriptor back. Any thread."""
         done = self._engine.drain(self.queue)
         loop = self.loop()
@@ -499,14 +522,16 @@ class _FutureThread:
         self._closing = True
         self.queue.wake()
         # A callback, or the last reference to a client, may close the node from here.
-        if threading.current_thread() is not self._thread:
+        if threading.get_ident() != self._thread.ident:
             self._thread.join(timeout)  # a callback may take its time
 
     def _serve(self) -> None:
-        while not self._closing:
-            self.queue.wait()
-            self._drain()
-        self._drain()
+        while not self._closing or self.queue.in_flight > 0:
+            try:
+                self.queue.wait()
+                self._drain()
+            except MemoryError:
+                pass  # what was not drained comes again
         self.queue.close()
 
     def _drain(self) -> None:
@@ -514,10 +539,11 @@ class _FutureThread:
         for batch in self.drained:
             try:
                 batch.waiter._drained()
-            except (
-                BaseException
-            ):  # SystemExit in a callback; others must not wait for it
-                logger.exception("a callback of a future has raised")
+            # SystemExit in a callback; others must not wait for it.
+            except BaseException:
+                # Nor for what a log's handler raises.
+                with contextlib.suppress(BaseException):
+                    logger.exception("a callback of a future has raised")
             batch.waiter = None
         self.drained = []
 

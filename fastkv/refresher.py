@@ -14,6 +14,8 @@ from typing import TypeAlias
 
 from redis.exceptions import MovedError
 
+from fastkv.shielded import Condition
+
 Address: TypeAlias = "tuple[str, int]"
 
 
@@ -69,7 +71,7 @@ class Refresher:
 
     def _start_anew(self) -> None:
         self._pid = os.getpid()
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._waiting: list[_Waiter] = []
         self._served: list[_Waiter] = []  # by the look that is under way
         self._looking = False

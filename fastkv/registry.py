@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from fastkv._core import Stats
@@ -17,14 +18,18 @@ from fastkv.info import TileInfo, cluster_info, node_info
 from fastkv.log import logger
 from fastkv.node import Node
 from fastkv.options import TileOptions
+from fastkv.shielded import shielded
 
 _nodes: weakref.WeakKeyDictionary[Pool, Node] = weakref.WeakKeyDictionary()
+# Those that somebody is about to close, too: a fork has to know all.
+_alive: weakref.WeakSet[Node] = weakref.WeakSet()
 # Counts outlive nodes: those of a pool, or of a cluster client, there by node, "" being
 # calls over all of them.
 _stats: weakref.WeakKeyDictionary[Any, dict[str, Stats]] = weakref.WeakKeyDictionary()
-# Reentrant: a signal handler may use a client while this thread holds it. Never taken
-# by a garbage collection, which may run in the middle of anything, in any thread.
+# Never taken by the main thread, whose signal handlers may use a client in the middle
+# of anything, nor by a garbage collection, which may run there in any thread.
 _lock = threading.RLock()
+_pid = os.getpid()
 
 
 def node_of(
@@ -37,41 +42,50 @@ def node_of(
         ValueError: Another client of the pool has started it with other options.
         UnsupportedConnection: See `fastkv.connector.check_supported`.
     """
+    _check_fork()
     # What share a cluster's node gets depends on who comes first.
     any_options = pool is not None
     stats = stats_of(client if any_options else client.connection_pool, name)
-    pool = pool or client.connection_pool
-    broken = None
-    with _lock:
-        node = _nodes.get(pool)
-        if node is None or not node.usable:
-            broken = node
-            node = _nodes[pool] = Node(pool, options, stats, _close_unused)
-            _watch(pool, node)
-        elif not any_options and options not in (TileOptions(), node.options):
-            raise ValueError(
-                f"the pool's native connections were started with {node.options}, "
-                f"this client has {options}"
-            )
-        node.users.add(client)
-    if broken is not None:
-        if not broken.closed:
-            logger.error("a native worker has died; its client starts new ones")
-        broken.close()
-    return node
+    of_pool: Pool = pool or client.connection_pool
+
+    def start() -> Node:
+        broken = None
+        with _lock:
+            node = _nodes.get(of_pool)
+            if node is None or not node.usable:
+                broken = node
+                node = Node(of_pool, options, stats, _close_unused)
+                _alive.add(node)
+                try:
+                    _watch(of_pool, node)
+                    _nodes[of_pool] = node
+                except BaseException:  # no memory
+                    node.close()
+                    raise
+            elif not any_options and options not in (TileOptions(), node.options):
+                raise ValueError(
+                    f"the pool's native connections were started with {node.options}, "
+                    f"this client has {options}"
+                )
+            node.users.add(client)
+        if broken is not None:
+            if not broken.closed:
+                logger.error("a native worker has died; its client starts new ones")
+            broken.close()
+        return node
+
+    return shielded(start)
 
 
 def stats_of(owner: Any, name: str = "") -> Stats:
-    """Where batches are counted: see `_stats`. Starts nothing."""
-    with _lock:
-        return _stats.setdefault(owner, {}).setdefault(name, Stats())
+    """Where batches are counted: see `_stats`. Starts nothing, takes no lock."""
+    return _stats.setdefault(owner, {}).setdefault(name, Stats())
 
 
 def info_of_pool(pool: Pool) -> TileInfo:
     """See `fastkv.Redis.tile_info`."""
-    with _lock:
-        node = _nodes.get(pool)
-        stats = stats_of(pool) if node is None else node.stats
+    node = _nodes.get(pool)
+    stats = stats_of(pool) if node is None else node.stats
     info = _info(stats, node)
     info["address"] = address_of(pool)
     return info
@@ -81,9 +95,8 @@ def info_of_cluster(client: Any, nodes: Mapping[str, Node]) -> TileInfo:
     """The totals, and what every node came to that the client has ever used; ``nodes``
     are those that it uses now.
     """
-    with _lock:
-        calls = stats_of(client)
-        counted = dict(_stats[client])
+    calls = stats_of(client)
+    counted = dict(_stats[client])
     del counted[""]
     return cluster_info(
         calls, {name: _info(stats, nodes.get(name)) for name, stats in counted.items()}
@@ -96,8 +109,21 @@ def _info(stats: Stats, node: Node | None) -> TileInfo:
 
 def leave_node(client: Any, node: Node) -> None:
     """The client needs its node no longer; the last one closes it."""
-    node.users.discard(client)
-    _close_unused(node)
+    _check_fork()
+    try:
+        node.users.discard(client)
+        shielded(partial(_close_unused, node))
+    except BaseException:
+        node.wake_connector()  # it will see to it
+        raise
+
+
+def registered_node(client: Any) -> Node | None:
+    """The node of a client's pool that counts the client among its users: one that an
+    interrupt kept it from hearing of, perhaps.
+    """
+    node = _nodes.get(client.connection_pool)
+    return node if node is not None and client in node.users else None
 
 
 def drop_node(client: Any, node: Node) -> None:
@@ -158,7 +184,7 @@ _forking: list[Node] = []
 
 def _before_fork() -> None:
     _fork_lock.acquire()
-    _forking[:] = [node for node in list(_nodes.values()) if not node.closed]
+    _forking[:] = _alive
     for node in _forking:
         node.before_fork()
 
@@ -171,21 +197,32 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _fork_lock, _lock
+    global _fork_lock, _lock, _pid
+    _pid = os.getpid()
     # Whoever held them does not exist here.
     _fork_lock = threading.Lock()
     _lock = threading.RLock()
     _forking.clear()
-    # All, not only those of _before_fork: a fork in C does not call that.
-    nodes = list(_nodes.items())
+    pools = list(_nodes)
     _nodes.clear()
     _stats.clear()  # what happened so far is the parent's
-    for pool, node in nodes:
+    for pool in pools:
         _unwatch(pool)
+    # Not only those of _before_fork: a fork in C does not call that.
+    nodes = list(_alive)
+    _alive.clear()
+    for node in nodes:
         node.after_fork_in_child()
 
 
+def _check_fork() -> None:
+    """A fork in C may have told nobody."""
+    if _pid != os.getpid():
+        _after_fork_in_child()
+
+
 def _close_all() -> None:
+    _check_fork()
     for node in list(_nodes.values()):
         node.close()
 

@@ -390,7 +390,11 @@ def submit(cluster: SyncCluster, batch: Batch, timeout: float | None) -> TileFut
     seconds = commands.check_timeout(timeout)
     steps = rounds(cluster, batch, seconds)
     future = ClusterFuture(cluster, batch, steps, seconds)
-    future.do(next(steps, None))
+    try:
+        future.do(next(steps, None))
+    except BaseException:
+        future.cancel()  # interrupted, perhaps: nobody would know of it
+        raise
     return future
 
 

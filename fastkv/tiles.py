@@ -32,6 +32,20 @@ class Tiles:
         """Do not block. The future keeps the client alive."""
         raise NotImplementedError
 
+    def _run(self, batch: Batch, timeout: float | None) -> list[bool]:
+        try:
+            return self._tile_run(batch, timeout)
+        except BaseException:
+            batch.unpin()  # the traceback, which may live long, holds the batch
+            raise
+
+    def _submit(self, batch: Batch, timeout: float | None) -> TileFuture:
+        try:
+            return self._tile_submit(batch, timeout)
+        except BaseException:
+            batch.unpin()
+            raise
+
     # --- blocking --------------------------------------------------------------------
 
     def batch_tile_get(
@@ -73,7 +87,7 @@ class Tiles:
             TypeError, ValueError: A buffer cannot be used; nothing was sent.
         """
         batch = commands.get(self._tile_encoder(), keys, buffers, immutable)
-        return self._tile_run(batch, timeout)
+        return self._run(batch, timeout)
 
     def batch_tile_set(
         self,
@@ -116,21 +130,21 @@ class Tiles:
         batch = commands.set(
             self._tile_encoder(), keys, buffers, ex, px, exat, pxat, keepttl, nx, xx
         )
-        return self._tile_run(batch, timeout)
+        return self._run(batch, timeout)
 
     def batch_tile_exists(
         self, keys: Keys, *, timeout: float | None = None
     ) -> list[bool]:
         """Say for each key whether it exists. Raises as `batch_tile_get`."""
         batch = commands.exists(self._tile_encoder(), keys)
-        return self._tile_run(batch, timeout)
+        return self._run(batch, timeout)
 
     def batch_tile_delete(
         self, keys: Keys, *, timeout: float | None = None
     ) -> list[bool]:
         """UNLINK each key; ``True`` if it existed. Raises as `batch_tile_get`."""
         batch = commands.delete(self._tile_encoder(), keys)
-        return self._tile_run(batch, timeout)
+        return self._run(batch, timeout)
 
     # --- futures ---------------------------------------------------------------------
 
@@ -149,7 +163,7 @@ class Tiles:
         thread can write them any more, which the future does not wait for.
         """
         batch = commands.get(self._tile_encoder(), keys, buffers, immutable)
-        return self._tile_submit(batch, timeout)
+        return self._submit(batch, timeout)
 
     def submit_batch_tile_set(
         self,
@@ -169,18 +183,18 @@ class Tiles:
         batch = commands.set(
             self._tile_encoder(), keys, buffers, ex, px, exat, pxat, keepttl, nx, xx
         )
-        return self._tile_submit(batch, timeout)
+        return self._submit(batch, timeout)
 
     def submit_batch_tile_exists(
         self, keys: Keys, *, timeout: float | None = None
     ) -> TileFuture:
         """`batch_tile_exists`, not waiting. See `submit_batch_tile_get`."""
         batch = commands.exists(self._tile_encoder(), keys)
-        return self._tile_submit(batch, timeout)
+        return self._submit(batch, timeout)
 
     def submit_batch_tile_delete(
         self, keys: Keys, *, timeout: float | None = None
     ) -> TileFuture:
         """`batch_tile_delete`, not waiting. See `submit_batch_tile_get`."""
         batch = commands.delete(self._tile_encoder(), keys)
-        return self._tile_submit(batch, timeout)
+        return self._submit(batch, timeout)

@@ -212,7 +212,7 @@ class TlsSocket:
         # can be shut down by other threads.
         self._sock = sock
         try:
-            self._stream = TlsStream(os.dup(sock.fileno()), **settings)
+            self._stream = TlsStream(sock.fileno(), **settings)
         except RuntimeError as error:
             raise ssl.SSLError(ssl.SSL_ERROR_SSL, str(error)) from None
 

@@ -24,6 +24,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from libc.errno cimport EINTR, errno
+from posix.unistd cimport getpid, pid_t
 from libcpp.memory cimport make_shared, shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.string_view cimport string_view
@@ -40,6 +41,18 @@ cdef extern from "<poll.h>" nogil:
 
 cdef extern from "Python.h":
     const char* PyUnicode_AsUTF8AndSize(object, Py_ssize_t*) except NULL
+    str PyUnicode_DecodeUTF8(const char*, Py_ssize_t, const char*)
+
+
+# Nothing catches what Cython's own copies of C++ objects throw, its conversions of strings
+# included: these, and loops by reference, stand in for them.
+cdef int _assign(string& to, bytes text) except -1:
+    to.assign(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+    return 0
+
+
+cdef str _text(const string& text):
+    return PyUnicode_DecodeUTF8(text.data(), text.size(), "replace")
 
 
 class Command(enum.IntEnum):
@@ -158,7 +171,8 @@ cdef class RetryPolicy:
         for delay in delays:
             policy.delays.push_back(Seconds(delay))
         for prefix in error_replies:
-            policy.error_replies.push_back(prefix)
+            policy.error_replies.resize(policy.error_replies.size() + 1)
+            _assign(policy.error_replies.back(), prefix)
 
 
 @cython.final
@@ -181,16 +195,18 @@ cdef class Batch:
     cdef Py_buffer* views
     cdef Py_ssize_t view_count
     cdef Py_ssize_t view_room
-    cdef readonly unsigned long long id
+    cdef readonly object id  # an int; made once, because to end a batch must take no memory
     cdef readonly int command
     cdef readonly bint drained
     cdef readonly object keys
     cdef public object waiter
     cdef readonly Batch whole
+    cdef bint in_flight
     cdef Py_ssize_t parts_in_flight
     cdef bint ended
 
     def __cinit__(self):
+        self.in_flight = False
         self.parts_in_flight = 0
         self.ended = False
         self.views = NULL
@@ -281,15 +297,25 @@ cdef class Batch:
             ``(indices without an answer, [(index, error line)] of those sent elsewhere)``.
         """
         cdef Rest rest = self.cpp.get().take(part.cpp.get()[0])
-        return list(rest.unanswered), [
-            (failure.index, failure.error.decode("utf-8", "replace"))
-            for failure in rest.redirected
-        ]
+        cdef const Failure* failure
+        cdef size_t i
+        cdef list redirected = []
+        for i in range(rest.redirected.size()):
+            failure = &rest.redirected[i]
+            redirected.append((failure.index, _text(failure.error)))
+        return list(rest.unanswered), redirected
 
     def end_parts(self):
         """Say that no part will be submitted any more: the pins go when the last is drained."""
         self.ended = True
         if self.parts_in_flight == 0:
+            self._release()
+
+    def unpin(self):
+        """Release the pins as soon as no worker can touch the memory: now, unless the batch, or a
+        part of it, is in flight. It must not be submitted any more."""
+        self.ended = True
+        if not self.in_flight and self.parts_in_flight == 0:
             self._release()
 
     cdef _part_drained(self):
@@ -310,31 +336,41 @@ cdef class Batch:
         """
         cdef CppBatch* batch = self.cpp.get()
         cdef Py_ssize_t index = 0
-        for value in values:
-            if index == <Py_ssize_t>batch.size():
-                raise ValueError("the sequence of buffers grew while it was read")
-            if type(value) is tuple:
-                for part in value:
-                    self._pin(part, index, writable, as_buffer)
-            else:
-                self._pin(value, index, writable, as_buffer)
-            batch.end_value()
-            index += 1
-        if index != <Py_ssize_t>batch.size():
-            raise ValueError("the sequence of buffers shrank while it was read")
+        try:
+            for value in values:
+                if index == <Py_ssize_t>batch.size():
+                    raise ValueError("the sequence of buffers grew while it was read")
+                if type(value) is tuple:
+                    for part in value:
+                        self._pin(part, index, writable, as_buffer)
+                else:
+                    self._pin(value, index, writable, as_buffer)
+                batch.end_value()
+                index += 1
+            if index != <Py_ssize_t>batch.size():
+                raise ValueError("the sequence of buffers shrank while it was read")
+        except BaseException:
+            self.unpin()  # the traceback holds us
+            raise
 
     def pin_rows(self, array, bint writable, as_buffer):
         """Pin one array whose first axis runs over the keys. Raises as `pin_values` does."""
         cdef CppBatch* batch = self.cpp.get()
         cdef Py_ssize_t rows = batch.size()
-        cdef Py_buffer* view = self._export(array, -1, writable, as_buffer)
-        if rows == 0:
-            return
-        cdef Py_ssize_t row_bytes = view.len // rows
+        cdef Py_buffer* view
+        cdef Py_ssize_t row_bytes
         cdef Py_ssize_t i
-        for i in range(rows):
-            batch.add_segment(<char*>view.buf + i * row_bytes, row_bytes)
-            batch.end_value()
+        try:
+            view = self._export(array, -1, writable, as_buffer)
+            if rows == 0:
+                return
+            row_bytes = view.len // rows
+            for i in range(rows):
+                batch.add_segment(<char*>view.buf + i * row_bytes, row_bytes)
+                batch.end_value()
+        except BaseException:
+            self.unpin()
+            raise
 
     cdef _pin(self, buffer, Py_ssize_t index, bint writable, as_buffer):
         cdef Py_buffer* view = self._export(buffer, index, writable, as_buffer)
@@ -406,7 +442,7 @@ cdef class Batch:
     @property
     def detail(self) -> str:
         """After the drain: the text that belongs to `code`."""
-        return self.cpp.get().status().detail.decode("utf-8", "replace")
+        return _text(self.cpp.get().status().detail)
 
     def hits(self):
         """After the drain: one bool a key; False for a miss and for every failure."""
@@ -423,18 +459,22 @@ cdef class Batch:
         """After the drain: ``(index, expected bytes, actual bytes, error line)`` for each key with
         another length (the line is None then) or an error reply, in the order of the keys."""
         cdef CppBatch* batch = self.cpp.get()
+        cdef const Failure* failure
+        cdef size_t i
+        cdef list result = []
         if batch.all_answered_plainly():
-            return []
-        return sorted(
-            (
+            return result
+        for i in range(batch.failures().size()):
+            failure = &batch.failures()[i]
+            result.append((
                 failure.index,
                 batch.value_bytes(failure.index),
                 failure.actual_bytes,
-                failure.error.decode("utf-8", "replace")
+                _text(failure.error)
                 if batch.outcome(failure.index) == Outcome.refused else None,
-            )
-            for failure in batch.failures()
-        )
+            ))
+        result.sort()
+        return result
 
 
 cdef unsigned long long _last_id = 0
@@ -512,11 +552,12 @@ cdef class TlsStream:
     """The client's end of a TLS connection over a non-blocking socket; one thread at a time.
 
     Args:
-        fd: Of a connected socket; closed in the end, and also when this raises.
+        fd: Of a connected socket; the stream has a duplicate of its own.
         Others: See `TlsSettings` in cpp/tls.hpp.
 
     Raises:
         RuntimeError: Why OpenSSL does not take the settings.
+        OSError: No descriptor is left.
     """
 
     cdef unique_ptr[CppTlsStream] cpp
@@ -547,7 +588,7 @@ cdef class TlsStream:
         bytes password,
     ):
         cdef CppTlsSettings settings
-        settings.server_name = server_name
+        _assign(settings.server_name, server_name)
         settings.check_server_name = check_server_name
         settings.check_common_name = check_common_name
         settings.wants_certificate = wants_certificate
@@ -556,21 +597,21 @@ cdef class TlsStream:
         settings.min_version = min_version
         settings.max_version = max_version
         settings.security_level = security_level
-        settings.ciphers = ciphers
-        settings.cipher_suites = cipher_suites
-        settings.system_ca_file = system_ca_file
-        settings.system_ca_path = system_ca_path
-        settings.ca_file = ca_file
-        settings.ca_path = ca_path
-        settings.ca_data = ca_data
+        _assign(settings.ciphers, ciphers)
+        _assign(settings.cipher_suites, cipher_suites)
+        _assign(settings.system_ca_file, system_ca_file)
+        _assign(settings.system_ca_path, system_ca_path)
+        _assign(settings.ca_file, ca_file)
+        _assign(settings.ca_path, ca_path)
+        _assign(settings.ca_data, ca_data)
         settings.ca_data_is_pem = ca_data_is_pem
-        settings.certificate_file = certificate_file
-        settings.key_file = key_file
+        _assign(settings.certificate_file, certificate_file)
+        _assign(settings.key_file, key_file)
         settings.password = string_view(
             PyBytes_AS_STRING(password), PyBytes_GET_SIZE(password)
         )
         with nogil:
-            self.cpp = make_tls_stream(UniqueFd(fd), settings)
+            self.cpp = make_tls_stream(duplicate(fd), settings)
 
     def __dealloc__(self):
         self.close()
@@ -636,7 +677,7 @@ cdef class TlsStream:
 cdef Py_ssize_t _bytes_moved(const Moved& moved) except -1:
     if moved.status.code != _Code.ok:
         # An OSError, which redis-py expects of a socket, with the number of SSLError.
-        raise ConnectionError(1, moved.status.detail.decode("utf-8", "replace").rstrip("."))
+        raise ConnectionError(1, _text(moved.status.detail).rstrip("."))
     return moved.bytes
 
 
@@ -653,6 +694,7 @@ cdef class CompletionQueue:
 
     cdef shared_ptr[CppCompletionQueue] cpp
     cdef readonly Py_ssize_t in_flight
+    cdef optional[uint64_t] taken  # completed, and in the engine's table still
 
     def __cinit__(self):
         self.cpp = make_shared[CppCompletionQueue]()
@@ -675,7 +717,7 @@ cdef class CompletionQueue:
 
     def clear(self):
         """Forget wakes. For a queue that no engine completes batches on."""
-        self.cpp.get().drain()
+        self.cpp.get().next()
 
     def close(self):
         """Give the descriptor back; nothing must be in flight on this queue."""
@@ -718,7 +760,7 @@ cdef class Engine:
 
     cdef CppEngine* cpp
     cdef dict in_flight
-    cdef bint forked
+    cdef pid_t pid  # a fork in C tells nobody
 
     def __cinit__(
         self,
@@ -734,15 +776,18 @@ cdef class Engine:
         window.requests = window_requests
         window.range_bytes = range_bytes
         self.in_flight = {}
-        self.forked = False
+        self.pid = getpid()
         self.cpp = new CppEngine(workers, connections, window, stats.cpp)
 
     def __dealloc__(self):
         cdef CppEngine* cpp = self.cpp
         # In a child the threads do not exist and locks may be held for ever: leave it alone.
-        if cpp != NULL and not self.forked:
+        if cpp != NULL and not self._forked():
             with nogil:
                 del cpp
+
+    cdef bint _forked(self) noexcept:
+        return self.pid != getpid()
 
     def submit(
         self, Batch batch, CompletionQueue queue, RetryPolicy policy, double timeout
@@ -759,20 +804,35 @@ cdef class Engine:
         cdef shared_ptr[CppBatch] cpp = batch.cpp
         cdef shared_ptr[CppCompletionQueue] cpp_queue = queue.cpp
         cdef shared_ptr[const CppRetryPolicy] cpp_policy = policy.cpp
+        cdef uint64_t id = batch.id
+        if self._forked():
+            return <int>_Code.closed
+        if batch.ended or (batch.whole is not None and batch.whole.ended):
+            raise RuntimeError("the memory of the batch is not pinned any more")
         self.in_flight[batch.id] = batch
         queue.in_flight += 1
+        batch.in_flight = True
         if batch.whole is not None:
             batch.whole.parts_in_flight += 1
-        with nogil:
-            status = self.cpp.submit(
-                move(cpp), batch.id, move(cpp_queue), move(cpp_policy), timeout
-            )
+        try:
+            with nogil:
+                status = self.cpp.submit(
+                    move(cpp), id, move(cpp_queue), move(cpp_policy), timeout
+                )
+        except BaseException:
+            self._take_out(batch, queue)
+            raise
         if status.code != _Code.ok:
-            del self.in_flight[batch.id]
-            queue.in_flight -= 1
-            if batch.whole is not None:
-                batch.whole._part_drained()
+            self._take_out(batch, queue)
         return <int>status.code
+
+    cdef _take_out(self, Batch batch, CompletionQueue queue):
+        # Not, or not any more, in flight.
+        del self.in_flight[batch.id]
+        queue.in_flight -= 1
+        batch.in_flight = False
+        if batch.whole is not None:
+            batch.whole._part_drained()
 
     def run(self, Batch batch, CompletionQueue queue, RetryPolicy policy, double timeout):
         """Submit and wait. Signal handlers run meanwhile; if one raises, the batch is cancelled
@@ -785,36 +845,54 @@ cdef class Engine:
                 queue.wait()
                 self.drain(queue)
         except BaseException:
-            self.cancel(batch)
-            # Workers let go within one turn of their loops, whatever the network does.
-            while not batch.drained:
-                queue._poll(-1)
-                self.drain(queue)
+            self._take_back(batch, queue)
             raise
         return code
+
+    cdef _take_back(self, Batch batch, CompletionQueue queue):
+        # Workers let go within one turn of their loops, whatever the network does.
+        self.cancel(batch)
+        while not batch.drained:
+            try:
+                queue._poll(-1)
+                self.drain(queue)
+            except MemoryError:
+                pass  # its memory must not be written when the caller has it again
 
     def cancel(self, Batch batch):
         """Take a batch back. It completes, cancelled, as soon as no worker can touch its memory;
         if it had completed already, nothing happens."""
-        cdef unsigned long long id = batch.id
+        cdef uint64_t id = batch.id
+        if self._forked():
+            return
         with nogil:
             self.cpp.cancel(id)
 
     def drain(self, CompletionQueue queue):
-        """Return the batches that completed on ``queue``, their pins released."""
-        cdef vector[uint64_t] ids
+        """Return the batches that completed on ``queue``, their pins released.
+
+        Raises:
+            MemoryError: They can be drained later.
+        """
         cdef Batch batch
         cdef list done = []
-        with nogil:
-            ids = queue.cpp.get().drain()
-        for id in ids:
-            batch = self.in_flight.pop(id)
-            batch.drained = True
-            batch._release()
-            if batch.whole is not None:
-                batch.whole._part_drained()
-            queue.in_flight -= 1
-            done.append(batch)
+        # With the GIL, or two threads that drain would lose what one of them has taken.
+        try:
+            while True:
+                if not queue.taken.has_value():
+                    queue.taken = queue.cpp.get().next()
+                if not queue.taken.has_value():
+                    break
+                batch = self.in_flight[queue.taken.value()]
+                done.append(batch)
+                # From here on nothing takes memory.
+                queue.taken.reset()
+                batch.drained = True
+                batch._release()
+                self._take_out(batch, queue)
+        except MemoryError:
+            if not done:
+                raise
         return done
 
     @property
@@ -826,7 +904,7 @@ cdef class Engine:
         """Return ``(open connections, keys that no connection has taken yet)``, the latter for
         lookups, loads and stores. Zeros in a forked child."""
         cdef Gauges gauges
-        if self.forked:
+        if self._forked():
             return 0, (0, 0, 0)
         with nogil:
             gauges = self.cpp.gauges()
@@ -834,18 +912,22 @@ cdef class Engine:
 
     def close(self):
         """Complete every batch, with an error if need be, and join the threads. Idempotent."""
-        if self.forked:
+        if self._forked():
             return
         with nogil:
             self.cpp.close()
 
     def close_fds(self):
         """Give all descriptors back: after `close`, and when the connector has ended."""
+        if self._forked():
+            return
         with nogil:
             self.cpp.close_fds()
 
     def retire_connections(self):
         """Let every connection end once it is idle; the next batch opens new ones."""
+        if self._forked():
+            return
         with nogil:
             self.cpp.retire_connections()
 
@@ -855,25 +937,29 @@ cdef class Engine:
 
     def wake_connector(self):
         """Make `connect_event` readable with nothing to take."""
-        self.cpp.wake_connector()
+        if not self._forked():
+            self.cpp.wake_connector()
 
-    def take_connect_requests(self):
-        """Return the lanes that the engine wants connections for."""
-        cdef vector[uint32_t] lanes
+    def take_connect_request(self):
+        """Return a lane that the engine wants a connection for, once, or None."""
+        cdef optional[uint32_t] lane
         with nogil:
-            lanes = self.cpp.take_connect_requests()
-        return list(lanes)
+            lane = self.cpp.take_connect_request()
+        return lane.value() if lane.has_value() else None
 
     def take_notices(self):
         """Return ``(Notice, text)`` of what happened since the last call; `connect_event` tells.
         The text is the system's, or the server's."""
         cdef vector[CppNotice] notices
+        cdef const CppNotice* notice
+        cdef size_t i
+        cdef list result = []
         with nogil:
             notices = self.cpp.take_notices()
-        return [
-            (Notice(<int>notice.kind), notice.text.decode("utf-8", "replace"))
-            for notice in notices
-        ]
+        for i in range(notices.size()):
+            notice = &notices[i]
+            result.append((Notice(<int>notice.kind), _text(notice.text)))
+        return result
 
     def adopt(self, uint32_t lane, int fd, double stall_timeout, double health_interval):
         """Take over a connected socket; closes it in the end, and also when this raises.
@@ -898,9 +984,10 @@ cdef class Engine:
         """Say that a connection cannot be made; it is not asked for again for ``delay`` seconds if
         another can do its work. Batches that need it end with `Code.CONNECT_FAILED`, if they are
         not newer than ``newest``: what `newest_batch` was when the last try began."""
-        cdef string detail = why.encode()
+        cdef bytes detail = why.encode()
+        cdef string_view text = string_view(PyBytes_AS_STRING(detail), PyBytes_GET_SIZE(detail))
         with nogil:
-            self.cpp.connect_failed(lane, newest, detail, delay)
+            self.cpp.connect_failed(lane, newest, text, delay)
 
     @staticmethod
     def newest_batch():
@@ -924,11 +1011,11 @@ cdef class Engine:
             could touch their memory: the pins are released.
         """
         cdef Batch batch
-        self.forked = True
         self.cpp.close_fds_after_fork()
         batches = list(self.in_flight.values())
         self.in_flight.clear()
         for batch in batches:
+            batch.in_flight = False
             batch._release()
             if batch.whole is not None:
                 batch.whole._part_drained()
@@ -966,9 +1053,7 @@ def run_all(parts, double timeout):
         for engine, batch, _ in accepted:
             engine.cancel(batch)
         for engine, batch, queue in accepted:
-            while not batch.drained:
-                queue._poll(-1)
-                engine.drain(queue)
+            engine._take_back(batch, queue)
         raise
     return codes
 

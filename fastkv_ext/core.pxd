@@ -2,6 +2,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libcpp cimport bool as cpp_bool
 from libcpp.memory cimport shared_ptr, unique_ptr
+from libcpp.optional cimport optional
 from libcpp.string cimport string
 from libcpp.string_view cimport string_view
 from libcpp.vector cimport vector
@@ -36,7 +37,7 @@ cdef extern from "completion_queue.hpp" namespace "fastkv" nogil:
     cdef cppclass CppCompletionQueue "fastkv::CompletionQueue":
         CppCompletionQueue() except +
         int fd() noexcept
-        vector[uint64_t] drain() except +
+        optional[uint64_t] next() noexcept
         void wake() noexcept
         void close() noexcept
         void close_after_fork() noexcept
@@ -184,6 +185,7 @@ cdef extern from "worker.hpp" namespace "fastkv" nogil:
 cdef extern from "fd.hpp" namespace "fastkv" nogil:
     cdef cppclass UniqueFd:
         UniqueFd(int) noexcept
+    UniqueFd duplicate(int) except +
 
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -263,18 +265,18 @@ cdef extern from "engine.hpp" namespace "fastkv" nogil:
             shared_ptr[const CppRetryPolicy],
             double,
         ) except +
-        void cancel(uint64_t) except +
+        void cancel(uint64_t) noexcept
         void close() except +
         void close_fds() except +
         void retire_connections() except +
         int connect_event() noexcept
         void wake_connector() noexcept
-        vector[uint32_t] take_connect_requests() except +
+        optional[uint32_t] take_connect_request() noexcept
         vector[CppNotice] take_notices() except +
         Gauges gauges() except +
         void adopt(uint32_t, UniqueFd, double, double) except +
         void adopt(uint32_t, unique_ptr[CppTlsStream], double, double) except +
-        void connect_failed(uint32_t, uint64_t, string, double) except +
+        void connect_failed(uint32_t, uint64_t, string_view, double) except +
         void before_fork() except +
         void after_fork_in_parent() except +
         void close_fds_after_fork() noexcept

@@ -12,7 +12,7 @@ from fastkv.asyncio.tiles import Tiles
 from fastkv.info import TileInfo
 from fastkv.node import Node
 from fastkv.options import TileOptions, options_of_url, signed_as
-from fastkv.registry import info_of_pool, leave_node, node_of
+from fastkv.registry import info_of_pool, leave_node, node_of, registered_node
 
 if TYPE_CHECKING:
     from redis._parsers.encoders import Encoder
@@ -70,7 +70,8 @@ class Redis(Tiles, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's own
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         """As redis-py's. Ends the native connections as `fastkv.Redis.close` does."""
-        node, self._tile_node = self._tile_node, None
+        node = self._tile_node or registered_node(self)
+        self._tile_node = None
         if node is not None:
             # Joins threads, which may take a moment.
             await asyncio.get_running_loop().run_in_executor(

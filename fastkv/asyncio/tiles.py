@@ -24,6 +24,13 @@ class Tiles:
         """Await each key's outcome."""
         raise NotImplementedError
 
+    async def _wait(self, batch: Batch, timeout: float | None) -> list[bool]:
+        try:
+            return await self._tile_wait(batch, timeout)
+        except BaseException:
+            batch.unpin()  # the traceback, which may live long, holds the batch
+            raise
+
     async def batch_tile_get(
         self,
         keys: Keys,
@@ -39,7 +46,7 @@ class Tiles:
         network's time.
         """
         batch = commands.get(self._tile_encoder(), keys, buffers, immutable)
-        return await self._tile_wait(batch, timeout)
+        return await self._wait(batch, timeout)
 
     async def batch_tile_set(
         self,
@@ -68,18 +75,18 @@ class Tiles:
             nx,
             xx,
         )
-        return await self._tile_wait(batch, timeout)
+        return await self._wait(batch, timeout)
 
     async def batch_tile_exists(
         self, keys: Keys, *, timeout: float | None = None
     ) -> list[bool]:
         """`fastkv.Redis.batch_tile_exists`, awaited."""
         batch = commands.exists(self._tile_encoder(), keys)
-        return await self._tile_wait(batch, timeout)
+        return await self._wait(batch, timeout)
 
     async def batch_tile_delete(
         self, keys: Keys, *, timeout: float | None = None
     ) -> list[bool]:
         """`fastkv.Redis.batch_tile_delete`, awaited."""
         batch = commands.delete(self._tile_encoder(), keys)
-        return await self._tile_wait(batch, timeout)
+        return await self._wait(batch, timeout)

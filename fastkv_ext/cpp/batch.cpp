@@ -70,13 +70,18 @@ bool Batch::retried_by_policy(std::string_view error) const noexcept {
   return false;
 }
 
-void Batch::answer(Completed&& completed) {
+bool Batch::answer(Completed&& completed) noexcept {
   const std::uint32_t index = completed.ticket.index;
   if (completed.outcome == Outcome::refused || completed.outcome == Outcome::size_mismatch) {
-    std::lock_guard lock(failures_mutex_);
-    failures_.push_back({index, completed.actual_bytes, std::move(completed.error)});
+    try {
+      std::lock_guard lock(failures_mutex_);
+      failures_.push_back({index, completed.actual_bytes, std::move(completed.error)});
+    } catch (...) {
+      return false;
+    }
   }
   outcomes_[index] = completed.outcome;
+  return true;
 }
 
 // --- parts -------------------------------------------------------------------------------------

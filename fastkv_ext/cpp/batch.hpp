@@ -102,7 +102,8 @@ class Batch {
 
   // Workers. Each index is answered once, by the worker that carries it.
   void answer(std::uint32_t index, Outcome outcome) noexcept { outcomes_[index] = outcome; }
-  void answer(Completed&& completed);
+  // False: there was no memory for its failure.
+  bool answer(Completed&& completed) noexcept;
 
   // The caller, after completion.
   Outcome outcome(std::size_t index) const noexcept { return outcomes_[index]; }
@@ -112,6 +113,7 @@ class Batch {
   const Status& status() const noexcept { return status_; }
 
  private:
+  friend class Inbox;
   friend class Schedule;
 
   // immutable after submit
@@ -135,6 +137,14 @@ class Batch {
   std::shared_ptr<const RetryPolicy> retry_;
   Clock::time_point submitted_;
   std::optional<Clock::time_point> deadline_;
+  // [i], guarded by the mutex of worker i's inbox: the batch itself, which stands there since it
+  // was abandoned, and whoever stands behind it. Shared: the batch may complete, and its caller
+  // drop it, before every worker has looked.
+  struct Link {
+    std::shared_ptr<Batch> self;
+    Batch* next = nullptr;
+  };
+  std::vector<Link> links_;
 
   // guarded by Schedule::mutex_
   std::size_t cursor_ = 0;               // the first operation that was never pulled
@@ -143,7 +153,11 @@ class Batch {
   Status status_;                        // not ok: the batch failed as a whole
   bool abandoned_ = false;               // its memory must not be used for new operations
   bool queued_ = false;                  // it stands in a queue
-  std::size_t delayed_ = 0;              // operations that wait for their next attempt
+  std::size_t dropped_ = 0;              // operations that nobody pulled before it was abandoned
+  // Of those that were abandoned at once. Through the batches, as the next: to end them takes no
+  // memory.
+  std::shared_ptr<Batch> next_abandoned_;
+  std::size_t delayed_ = 0;  // operations that wait for their next attempt
 
   // Counted down by workers; the one that reaches 0 completes the batch.
   std::atomic<std::size_t> unfinished_{0};

@@ -3,8 +3,10 @@
 // RESP nor sockets.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "fd.hpp"
@@ -15,11 +17,16 @@ class CompletionQueue {
  public:
   int fd() const noexcept { return event_.fd(); }
 
-  // Any thread. Wakes the caller unless earlier ids still wait to be drained: they share a wake-up.
-  void push(std::uint64_t batch_id);
+  // Any thread. Makes room for a push that will come: it must not fail. Throws std::bad_alloc.
+  void expect();
+  void forget() noexcept;  // it will not come
+  // Any thread, as often as was expected. Wakes the caller unless earlier ids still wait to be
+  // drained: they share a wake-up.
+  void push(std::uint64_t batch_id) noexcept;
 
-  // The caller. A wake-up may come for an empty queue, never the reverse.
-  std::vector<std::uint64_t> drain();
+  // The caller: the oldest id, until there is none. Takes no memory. A wake-up may come for an
+  // empty queue, never the reverse.
+  std::optional<std::uint64_t> next() noexcept;
 
   // Any thread. Wakes the caller with nothing to drain.
   void wake() noexcept;
@@ -34,7 +41,10 @@ class CompletionQueue {
   // Signalled and closed under mutex_: a late push must not write to a descriptor that is
   // somebody else's by then.
   EventFd event_;
-  std::vector<std::uint64_t> ready_;  // guarded by mutex_
+  // guarded by mutex_
+  std::vector<std::uint64_t> ready_;  // has room for all that are expected
+  std::size_t first_ = 0;             // in ready_: those before it have been taken
+  std::size_t expected_ = 0;          // with those in ready_
 };
 
 }  // namespace fastkv

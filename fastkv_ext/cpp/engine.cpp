@@ -50,7 +50,7 @@ Status Engine::submit(std::shared_ptr<Batch> batch, std::uint64_t id,
   return schedule_.submit(std::move(batch), id, std::move(queue), std::move(retry), deadline);
 }
 
-void Engine::cancel(std::uint64_t id) {
+void Engine::cancel(std::uint64_t id) noexcept {
   schedule_.abandon(id, {Code::cancelled, {}});
 }
 
@@ -58,13 +58,19 @@ void Engine::close() {
   std::lock_guard lock(close_mutex_);
   if (std::exchange(closed_, true)) return;
   schedule_.close({Code::closed, {}});
-  for (std::size_t i = 0; i < workers_.size(); ++i) schedule_.inbox(i).post(Stop{});
+  for (std::size_t i = 0; i < workers_.size(); ++i) schedule_.inbox(i).stop();
   for (const auto& worker : workers_) worker->join();
+  // What was left for a worker that had ended; each holds itself.
+  for (std::size_t i = 0; i < workers_.size(); ++i) {
+    while (schedule_.inbox(i).take_abandoned(i)) {
+    }
+  }
   schedule_.wake_connector();
 }
 
 void Engine::close_fds() {
   std::lock_guard lock(close_mutex_);
+  std::lock_guard fork_lock(schedule_.fork_mutex());
   workers_.clear();
   schedule_.close_fds();
 }
@@ -83,12 +89,17 @@ void Engine::adopt(std::uint32_t lane, std::unique_ptr<Stream> stream, double st
                    double health_seconds) {
   std::lock_guard lock(close_mutex_);
   if (closed_) return;
-  schedule_.connected(lane);
-  schedule_.inbox_of_lane(lane).post(
-      Adopt{lane, std::move(stream), to_duration(stall_seconds), to_duration(health_seconds)});
+  schedule_.connected(lane);  // first, or the worker might lose it before
+  try {
+    schedule_.inbox_of_lane(lane).post(
+        Adopt{lane, std::move(stream), to_duration(stall_seconds), to_duration(health_seconds)});
+  } catch (...) {
+    schedule_.lost(lane);
+    throw;
+  }
 }
 
-void Engine::connect_failed(std::uint32_t lane, std::uint64_t newest, const std::string& why,
+void Engine::connect_failed(std::uint32_t lane, std::uint64_t newest, std::string_view why,
                             double delay_seconds) {
   schedule_.connect_failed(lane, newest, {Code::connect_failed, why}, to_duration(delay_seconds));
 }

@@ -8,7 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <string>
+#include <string_view>
 #include <vector>
 
 #include "batch.hpp"
@@ -32,7 +32,7 @@ class Engine {
   Status submit(std::shared_ptr<Batch> batch, std::uint64_t id,
                 std::shared_ptr<CompletionQueue> queue, std::shared_ptr<const RetryPolicy> retry,
                 double seconds);
-  void cancel(std::uint64_t id);
+  void cancel(std::uint64_t id) noexcept;
   // Idempotent. Every accepted batch has completed, and no thread runs, when it returns.
   void close();
   // Gives all descriptors back. After close(); a connector that is late finds nothing to do.
@@ -45,14 +45,16 @@ class Engine {
   // The connector.
   int connect_event() const noexcept { return schedule_.connect_event(); }
   void wake_connector() noexcept { schedule_.wake_connector(); }
-  std::vector<std::uint32_t> take_connect_requests() { return schedule_.take_connect_requests(); }
+  std::optional<std::uint32_t> take_connect_request() noexcept {
+    return schedule_.take_connect_request();
+  }
   std::vector<Notice> take_notices() { return schedule_.take_notices(); }
   // Takes over a connected socket, or a stream, that has answered all that was sent on it. 0 s: no
   // limit.
   void adopt(std::uint32_t lane, UniqueFd socket, double stall_seconds, double health_seconds);
   void adopt(std::uint32_t lane, std::unique_ptr<Stream> stream, double stall_seconds,
              double health_seconds);
-  void connect_failed(std::uint32_t lane, std::uint64_t newest, const std::string& why,
+  void connect_failed(std::uint32_t lane, std::uint64_t newest, std::string_view why,
                       double delay_seconds);
 
   // fork() copies only the calling thread: the child may close its descriptors, no more.

@@ -1,6 +1,7 @@
 // Owners of file descriptors. Every descriptor in the engine lives in one of these.
 #pragma once
 
+#include <fcntl.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -36,6 +37,13 @@ class UniqueFd {
  private:
   int fd_ = -1;
 };
+
+// Another descriptor of the same file. Throws std::system_error.
+inline UniqueFd duplicate(int fd) {
+  UniqueFd copy(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
+  if (!copy) throw std::system_error(errno, std::generic_category(), "fcntl");
+  return copy;
+}
 
 // A wake-up that is remembered until it is cleared. signal() may be called from any thread.
 class EventFd {

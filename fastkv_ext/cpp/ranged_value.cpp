@@ -59,7 +59,7 @@ void RangedValue::spoil(Outcome outcome) noexcept {
   outcome_.compare_exchange_strong(good, outcome);
 }
 
-void RangedValue::lose(const Status& why, bool counted) {
+void RangedValue::lose(const Status& why, bool counted) noexcept {
   Outcome good = Outcome::hit;
   if (!outcome_.compare_exchange_strong(good, Outcome::lost)) return;
   loss_ = why;

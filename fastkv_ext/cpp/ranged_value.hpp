@@ -63,7 +63,7 @@ class RangedValue {
 
   // `torn`, `misfit`, or `lost`: a connection that read it broke. The first one counts.
   void spoil(Outcome outcome) noexcept;
-  void lose(const Status& why, bool counted);
+  void lose(const Status& why, bool counted) noexcept;
   Outcome outcome() const noexcept { return outcome_; }
   // After `lost`, and the last leave().
   const Status& loss() const noexcept { return loss_; }

@@ -1,6 +1,7 @@
 #include "schedule.hpp"
 
 #include <algorithm>
+#include <new>
 #include <utility>
 
 namespace fastkv {
@@ -29,7 +30,20 @@ constexpr std::size_t kMostNotices = 64;
 
 void Inbox::post(Message message) {
   std::lock_guard lock(mutex_);
-  messages_.push_back(std::move(message));
+  letter_.messages.push_back(std::move(message));
+  event_.signal();
+}
+
+void Inbox::abandon(const std::shared_ptr<Batch>& batch, std::size_t worker) noexcept {
+  std::lock_guard lock(mutex_);
+  batch->links_[worker] = {batch, abandoned_};
+  abandoned_ = batch.get();
+  event_.signal();
+}
+
+void Inbox::stop() noexcept {
+  std::lock_guard lock(mutex_);
+  letter_.stop = true;
   event_.signal();
 }
 
@@ -41,13 +55,21 @@ void Inbox::wake() noexcept {
 void Inbox::close() noexcept {
   std::lock_guard lock(mutex_);
   event_.close();
-  messages_.clear();
+  letter_.messages.clear();
 }
 
-std::vector<Message> Inbox::take() {
+Inbox::Letter Inbox::take() noexcept {
   event_.clear();
   std::lock_guard lock(mutex_);
-  return std::exchange(messages_, {});
+  return std::exchange(letter_, {});
+}
+
+std::shared_ptr<Batch> Inbox::take_abandoned(std::size_t worker) noexcept {
+  std::lock_guard lock(mutex_);
+  if (!abandoned_) return nullptr;
+  Batch::Link& link = abandoned_->links_[worker];
+  abandoned_ = std::exchange(link.next, nullptr);
+  return std::move(link.self);
 }
 
 Schedule::Schedule(std::size_t workers, std::vector<PrioritySet> lane_priorities,
@@ -57,6 +79,7 @@ Schedule::Schedule(std::size_t workers, std::vector<PrioritySet> lane_priorities
       stats_(std::move(stats)),
       connected_(lanes_.size(), false) {
   for (std::size_t i = 0; i < workers; ++i) inboxes_.push_back(std::make_unique<Inbox>());
+  connect_requests_.reserve(lanes_.size());  // each of them asks once
   for (std::uint32_t lane = 0; lane < lanes_.size(); ++lane) {
     inbox_of_lane(lane).priorities |= lanes_[lane];
   }
@@ -81,17 +104,32 @@ Status Schedule::submit(std::shared_ptr<Batch> batch, std::uint64_t id,
     batch->range_bytes_ = range_bytes_;
     batch->range_failures_.assign(operations, 0);
   }
+  batch->links_.resize(inboxes_.size());
+  // Whatever its end needs is there before it is accepted, or it is not.
+  batch->queue_->expect();
   if (operations == 0) {
     batch->queue_->push(id);
     return {};
   }
-  {
+  try {
     std::lock_guard lock(mutex_);
-    if (!refusal_.ok()) return refusal_;
-    Batch& accepted = *batch;
-    accepted_.emplace(id, std::move(batch));
-    if (deadline) deadlines_.emplace(*deadline, id);
-    enqueue_locked(accepted, operations);
+    if (!refusal_.ok()) {
+      batch->queue_->forget();
+      return refusal_;
+    }
+    const auto accepted = accepted_.emplace(id, batch).first;
+    auto due = deadlines_.end();
+    try {
+      if (deadline) due = deadlines_.emplace(*deadline, id);
+      enqueue_locked(*batch, operations);
+    } catch (...) {
+      if (due != deadlines_.end()) deadlines_.erase(due);
+      accepted_.erase(accepted);
+      throw;
+    }
+  } catch (...) {
+    batch->queue_->forget();
+    throw;
   }
   wake_sleepers(priority_bit(priority), 0, operations);
   // The first worker must look at its clock again.
@@ -99,15 +137,15 @@ Status Schedule::submit(std::shared_ptr<Batch> batch, std::uint64_t id,
   return {};
 }
 
-bool Schedule::abandon(std::uint64_t id, const Status& why) {
-  Batches found;
+bool Schedule::abandon(std::uint64_t id, const Status& why) noexcept {
+  std::shared_ptr<Batch> abandoned;
   {
     std::lock_guard lock(mutex_);
     const auto it = accepted_.find(id);
     if (it == accepted_.end()) return false;
-    found.push_back(it->second);
+    abandon_locked(it->second, why, abandoned);
   }
-  abandon_batches(found, why);
+  let_go(std::move(abandoned));
   return true;
 }
 
@@ -119,14 +157,14 @@ void Schedule::retire_connections() {
   for (const auto& inbox : inboxes_) inbox->wake();
 }
 
-void Schedule::close(const Status& why) {
-  Batches all;
+void Schedule::close(const Status& why) noexcept {
+  std::shared_ptr<Batch> abandoned;
   {
     std::lock_guard lock(mutex_);
     if (refusal_.ok()) refusal_ = why;
-    for (const auto& [id, batch] : accepted_) all.push_back(batch);
+    for (const auto& [id, batch] : accepted_) abandon_locked(batch, why, abandoned);
   }
-  abandon_batches(all, why);
+  let_go(std::move(abandoned));
 }
 
 std::size_t Schedule::batches() const {
@@ -151,43 +189,58 @@ void Schedule::enqueue_locked(Batch& batch, std::size_t operations) {
   queued_[priority] += operations;
 }
 
-// Drops what no worker has pulled, and tells the workers to let go of the rest.
-void Schedule::abandon_batches(const Batches& batches, const Status& why) {
-  for (const auto& batch : batches) {
-    std::size_t dropped = 0;
-    {
-      std::lock_guard lock(mutex_);
-      // It may be complete by now, and its caller read the status.
-      if (batch->abandoned_ || !accepted_.contains(batch->id_)) continue;
-      batch->abandoned_ = true;
-      if (batch->status_.ok()) batch->status_ = why;
-      dropped = batch->size() - batch->cursor_ + batch->again_.size();
-      batch->cursor_ = batch->size();
-      batch->again_.clear();
-      // Before the workers are told to let go: nobody may join afterwards.
-      drop_offers_locked(batch.get());
-      const auto priority = static_cast<std::size_t>(batch->priority());
-      if (batch->queued_) std::erase(queues_[priority], batch.get());
-      batch->queued_ = false;
-      queued_[priority] -= dropped;
-      if (std::exchange(batch->delayed_, 0) > 0) {
-        dropped += std::erase_if(
-            delayed_, [&](const auto& entry) { return entry.second.batch == batch.get(); });
-      }
-    }
-    for (const auto& inbox : inboxes_) inbox->post(Abandon{batch});
-    if (dropped > 0) count_down(*batch, dropped);
+void Schedule::go_again_locked(Batch& batch, std::uint32_t index) {
+  batch.again_.push_back(index);
+  try {
+    enqueue_locked(batch, 1);
+  } catch (...) {
+    batch.again_.pop_back();
+    throw;
+  }
+}
+
+// Drops what no worker has pulled.
+void Schedule::abandon_locked(const std::shared_ptr<Batch>& batch, const Status& why,
+                              std::shared_ptr<Batch>& abandoned) noexcept {
+  if (batch->abandoned_) return;
+  batch->abandoned_ = true;
+  if (batch->status_.ok()) batch->status_ = why;
+  batch->dropped_ = batch->size() - batch->cursor_ + batch->again_.size();
+  batch->cursor_ = batch->size();
+  batch->again_.clear();
+  // Before the workers are told to let go: nobody may join afterwards.
+  drop_offers_locked(batch.get());
+  const auto priority = static_cast<std::size_t>(batch->priority());
+  if (batch->queued_) std::erase(queues_[priority], batch.get());
+  batch->queued_ = false;
+  queued_[priority] -= batch->dropped_;
+  if (std::exchange(batch->delayed_, 0) > 0) {
+    batch->dropped_ += std::erase_if(
+        delayed_, [&](const auto& entry) { return entry.second.batch == batch.get(); });
+  }
+  batch->next_abandoned_ = std::exchange(abandoned, batch);
+}
+
+// Tells the workers to let go of the rest.
+void Schedule::let_go(std::shared_ptr<Batch> abandoned) noexcept {
+  while (const auto batch = std::move(abandoned)) {
+    abandoned = std::move(batch->next_abandoned_);
+    for (std::size_t i = 0; i < inboxes_.size(); ++i) inboxes_[i]->abandon(batch, i);
+    if (batch->dropped_ > 0) count_down(*batch, batch->dropped_);
   }
 }
 
 // --- the connector thread ----------------------------------------------------------------------
 
-std::vector<std::uint32_t> Schedule::take_connect_requests() {
+std::optional<std::uint32_t> Schedule::take_connect_request() noexcept {
   // The lock comes first: a connector that was in the middle of a connect may outlive close_fds(),
   // and must not read from a descriptor that is somebody else's by then.
   std::lock_guard lock(mutex_);
   connect_event_.clear();
-  return std::exchange(connect_requests_, {});
+  if (connect_requests_.empty()) return std::nullopt;
+  const std::uint32_t lane = connect_requests_.front();
+  connect_requests_.erase(connect_requests_.begin());
+  return lane;
 }
 
 std::vector<Notice> Schedule::take_notices() {
@@ -207,7 +260,7 @@ void Schedule::connected(std::uint32_t lane) {
 
 void Schedule::connect_failed(std::uint32_t lane, std::uint64_t newest, const Status& why,
                               Clock::duration delay) {
-  Batches stranded;
+  std::shared_ptr<Batch> stranded;
   bool served = false;
   {
     std::lock_guard lock(mutex_);
@@ -218,12 +271,17 @@ void Schedule::connect_failed(std::uint32_t lane, std::uint64_t newest, const St
         served = true;
         continue;
       }
-      for (const Batch* batch : queues_[p]) {
-        if (batch->id_ <= newest) stranded.push_back(accepted_.at(batch->id_));
+      for (std::size_t i = 0; i < queues_[p].size();) {
+        const std::uint64_t id = queues_[p][i]->id_;
+        if (id > newest) {
+          ++i;
+        } else {
+          abandon_locked(accepted_.at(id), why, stranded);  // takes it out of the queue
+        }
       }
     }
   }
-  abandon_batches(stranded, why);
+  let_go(std::move(stranded));
   // With nobody else to serve it, a later batch wants to be told at once, as redis-py would.
   inbox_of_lane(lane).post(ConnectFailed{lane, served ? delay : Clock::duration{}});
   // What is left may have waited for this lane while others slept.
@@ -343,7 +401,7 @@ void Schedule::identified(std::uint32_t lane, const std::string& server) {
 }
 
 // Those that are over, and those of one batch.
-void Schedule::drop_offers_locked(const Batch* of) {
+void Schedule::drop_offers_locked(const Batch* of) noexcept {
   std::erase_if(offers_, [&](const Offer& offer) {
     const auto ranges = offer.ranges.lock();
     return !ranges || ranges->exhausted() || offer.batch == of;
@@ -391,7 +449,8 @@ Schedule::Run Schedule::help(std::uint64_t generation, const std::string& server
   return {};
 }
 
-bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counted, Code why) {
+bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counted,
+                       Code why) noexcept try {
   // Once it is queued, another worker may complete it.
   const Priority priority = batch.priority();
   std::chrono::duration<double> delay{0};
@@ -414,8 +473,7 @@ bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counte
                        Delayed{&batch, index});
       ++batch.delayed_;
     } else {
-      batch.again_.push_back(index);
-      enqueue_locked(batch, 1);
+      go_again_locked(batch, index);
     }
   }
   came_back(priority, 1);
@@ -425,9 +483,11 @@ bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counte
     wake_sleepers(priority_bit(priority), 0, inboxes_.size());
   }
   return true;
+} catch (const std::bad_alloc&) {
+  return false;  // before it was queued
 }
 
-void Schedule::fail(Batch& batch, const Status& why) {
+void Schedule::fail(Batch& batch, const Status& why) noexcept {
   {
     std::lock_guard lock(mutex_);
     const bool first = batch.status_.ok();
@@ -438,12 +498,12 @@ void Schedule::fail(Batch& batch, const Status& why) {
   finish(batch, 1);
 }
 
-void Schedule::doubt(Batch& batch) {
+void Schedule::doubt(Batch& batch) noexcept {
   std::lock_guard lock(mutex_);
   if (may_be_sent_again(batch.status_.code)) batch.status_.code = Code::unknown_outcome;
 }
 
-void Schedule::finish(Batch& batch, std::size_t operations) {
+void Schedule::finish(Batch& batch, std::size_t operations) noexcept {
   came_back(batch.priority(), operations);
   count_down(batch, operations);
 }
@@ -457,7 +517,7 @@ void Schedule::came_back(Priority priority, std::size_t operations) noexcept {
   }
 }
 
-void Schedule::count_down(Batch& batch, std::size_t operations) {
+void Schedule::count_down(Batch& batch, std::size_t operations) noexcept {
   // Release: our outcomes. Acquire: those of the workers that finished before us.
   if (batch.unfinished_.fetch_sub(operations, std::memory_order_acq_rel) != operations) return;
   std::shared_ptr<Batch> done;
@@ -506,7 +566,7 @@ std::uint64_t Schedule::generation() const {
   return generation_;
 }
 
-void Schedule::lost(std::uint32_t lane) {
+void Schedule::lost(std::uint32_t lane) noexcept {
   std::lock_guard lock(mutex_);
   connected_[lane] = false;
 }
@@ -522,38 +582,39 @@ std::optional<Clock::time_point> Schedule::next_due() const {
 }
 
 void Schedule::run_due(Clock::time_point now) {
-  Batches late;
+  const Status why{Code::timed_out, {}};
+  std::shared_ptr<Batch> late;
   PrioritySet released = 0;
   {
     std::lock_guard lock(mutex_);
     while (!delayed_.empty() && delayed_.begin()->first <= now) {
       const auto [batch, index] = delayed_.begin()->second;
+      go_again_locked(*batch, index);
       delayed_.erase(delayed_.begin());
       --batch->delayed_;
-      batch->again_.push_back(index);
-      enqueue_locked(*batch, 1);
       released |= priority_bit(batch->priority());
     }
     while (!deadlines_.empty() && deadlines_.begin()->first <= now) {
       // A batch may be on its way out already; then it is not accepted_ any more.
       const auto it = accepted_.find(deadlines_.begin()->second);
-      if (it != accepted_.end()) late.push_back(it->second);
+      if (it != accepted_.end()) abandon_locked(it->second, why, late);
       deadlines_.erase(deadlines_.begin());
     }
   }
   if (released != 0) wake_sleepers(released, 0, inboxes_.size());
-  abandon_batches(late, {Code::timed_out, {}});
+  let_go(std::move(late));
 }
 
-void Schedule::worker_died(const std::string& why) {
+void Schedule::worker_died(std::string_view why) noexcept {
   close({Code::internal_error, why});
 }
 
-void Schedule::note(Notice::Kind kind, std::string_view text) {
+void Schedule::note(Notice::Kind kind, std::string_view text) noexcept try {
   std::lock_guard lock(mutex_);
   if (notices_.size() >= kMostNotices) return;
   notices_.push_back({kind, std::string(text)});
   connect_event_.signal();
+} catch (const std::bad_alloc&) {
 }
 
 void Schedule::close_fds() noexcept {

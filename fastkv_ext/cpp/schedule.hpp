@@ -54,12 +54,7 @@ struct ConnectFailed {
   std::uint32_t lane = 0;
   Clock::duration delay{};  // before it is asked for again
 };
-struct Abandon {
-  // Shared: the batch may complete, and its caller drop it, before every worker has looked.
-  std::shared_ptr<Batch> batch;
-};
-struct Stop {};
-using Message = std::variant<Adopt, ConnectFailed, Abandon, Stop>;
+using Message = std::variant<Adopt, ConnectFailed>;
 
 class Inbox {
  public:
@@ -69,12 +64,20 @@ class Inbox {
   std::atomic<bool> asleep{false};
   PrioritySet priorities = 0;  // what its lanes serve; immutable after start
 
-  void post(Message message);
+  void post(Message message);  // throws std::bad_alloc
+  void abandon(const std::shared_ptr<Batch>& batch, std::size_t worker) noexcept;
+  void stop() noexcept;
   void wake() noexcept;
   // The worker's: a descriptor to sleep on, and what came. Clears the wake-up first, so that a
   // later message signals again.
   int fd() const noexcept { return event_.fd(); }
-  std::vector<Message> take();
+  struct Letter {
+    std::vector<Message> messages;
+    bool stop = false;
+  };
+  Letter take() noexcept;
+  // Behind take(): the batches that were abandoned, one a call, null when there is none left.
+  std::shared_ptr<Batch> take_abandoned(std::size_t worker) noexcept;
   // No wake-up afterwards. Under the mutex, because a caller that is late with one must not write
   // to a descriptor that is somebody else's by then.
   void close() noexcept;
@@ -84,7 +87,9 @@ class Inbox {
  private:
   EventFd event_;  // signalled and closed under mutex_
   std::mutex mutex_;
-  std::vector<Message> messages_;  // guarded by mutex_
+  // guarded by mutex_
+  Letter letter_;
+  Batch* abandoned_ = nullptr;  // see Batch::links_
 };
 
 class Schedule {
@@ -99,12 +104,11 @@ class Schedule {
                 std::optional<Clock::time_point> deadline);
   // Ends a batch early; it completes as soon as no worker can touch its memory any more. False if
   // it was complete already.
-  bool abandon(std::uint64_t id, const Status& why);
-  void abandon_all(const Status& why);
+  bool abandon(std::uint64_t id, const Status& why) noexcept;
   // No connection that was asked for before carries anything new.
   void retire_connections();
   // No batch is accepted any more, and those accepted are abandoned.
-  void close(const Status& why);
+  void close(const Status& why) noexcept;
   std::size_t batches() const;
   struct Gauges {
     std::size_t connections = 0;                    // that are open
@@ -115,7 +119,7 @@ class Schedule {
   // --- the connector thread ---
   int connect_event() const noexcept { return connect_event_.fd(); }
   void wake_connector() noexcept;
-  std::vector<std::uint32_t> take_connect_requests();  // lanes
+  std::optional<std::uint32_t> take_connect_request() noexcept;  // a lane
   std::vector<Notice> take_notices();
   void connected(std::uint32_t lane);
   // What is queued for a priority that no connection serves fails, unless it came only after the
@@ -158,23 +162,23 @@ class Schedule {
   // An operation that came back: queues it again if the batch's policy allows another attempt after
   // `why`. `sent`: the server may have seen it. `counted`: it uses up an attempt. If false, the
   // worker must answer or fail it.
-  bool requeue(Batch& batch, std::uint32_t index, bool sent, bool counted, Code why);
-  void fail(Batch& batch, const Status& why);
+  bool requeue(Batch& batch, std::uint32_t index, bool sent, bool counted, Code why) noexcept;
+  void fail(Batch& batch, const Status& why) noexcept;
   // An operation of an abandoned batch was sent, must not be repeated, and is not answered.
-  void doubt(Batch& batch);
-  void finish(Batch& batch, std::size_t operations);  // that were pulled
+  void doubt(Batch& batch) noexcept;
+  void finish(Batch& batch, std::size_t operations) noexcept;  // that were pulled
   // Somebody may sleep who can carry what worker `from` was woken for and could not.
   void pass_on(std::size_t from) noexcept;
   // Returns the generation that the new connection will be of.
   std::uint64_t request_connection(std::uint32_t lane);
   std::uint64_t generation() const;
-  void lost(std::uint32_t lane);
+  void lost(std::uint32_t lane) noexcept;
   // Deadlines and delayed attempts are watched by one worker, the first.
   std::optional<Clock::time_point> next_due() const;
   void run_due(Clock::time_point now);
-  void worker_died(const std::string& why);
-  // The connector will read it.
-  void note(Notice::Kind kind, std::string_view text);
+  void worker_died(std::string_view why) noexcept;
+  // The connector will read it, unless there is no memory for it.
+  void note(Notice::Kind kind, std::string_view text) noexcept;
   Stats& stats() noexcept { return *stats_; }
 
   std::size_t workers() const noexcept { return inboxes_.size(); }
@@ -190,14 +194,17 @@ class Schedule {
   void close_fds_after_fork() noexcept;
 
  private:
-  using Batches = std::vector<std::shared_ptr<Batch>>;
-
-  void count_down(Batch& batch, std::size_t operations);
+  void count_down(Batch& batch, std::size_t operations) noexcept;
   void came_back(Priority priority, std::size_t operations) noexcept;
-  void drop_offers_locked(const Batch* of);
+  void drop_offers_locked(const Batch* of) noexcept;
   void enqueue_locked(Batch& batch, std::size_t operations);
   Run take_locked(Priority priority, std::size_t max_requests, std::uint64_t max_bytes);
-  void abandon_batches(const Batches& batches, const Status& why);
+  void go_again_locked(Batch& batch, std::uint32_t index);
+  // Abandons a batch, unless it is: puts it before those in `abandoned`, which let_go() must be
+  // given, without the lock.
+  void abandon_locked(const std::shared_ptr<Batch>& batch, const Status& why,
+                      std::shared_ptr<Batch>& abandoned) noexcept;
+  void let_go(std::shared_ptr<Batch> abandoned) noexcept;
   bool served_locked(Priority priority) const noexcept;
   std::size_t lanes_serving(Priority priority) const noexcept;
   PrioritySet with_work() const noexcept;

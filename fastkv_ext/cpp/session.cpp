@@ -35,12 +35,20 @@ void Session::end_inline(std::size_t begin) {
 }
 
 void Session::push(const Operation& operation) {
+  const std::size_t most = waiting_.size() + readers_.size() + 1;
+  if (lost_.capacity() < most) lost_.reserve(2 * most);
   if (operation.ranges) {
+    // A second WATCH of a key is ignored: one that was left would stand for ours.
+    if (operation.ranges->snapshot() && std::exchange(unwatch_due_, false)) {
+      push({.command = Command::unwatch});
+    }
     readers_.push_back({.operation = operation, .first_byte = queued_, .tried_after = refusals_});
-    if (operation.ranges->snapshot()) {
-      // A second WATCH of a key is ignored: one that was left would stand for ours.
-      if (std::exchange(unwatch_due_, false)) push({.command = Command::unwatch});
+    if (!operation.ranges->snapshot()) return;
+    try {
       push_step(readers_.back(), Command::watch);
+    } catch (...) {
+      readers_.pop_back();  // it was not taken
+      throw;
     }
     return;
   }
@@ -437,8 +445,9 @@ bool Session::waited_behind_given_up() const noexcept {
          });
 }
 
-std::vector<Session::Lost> Session::reset(const Status& why, bool counted) {
-  std::vector<Lost> lost;
+const std::vector<Session::Lost>& Session::reset(const Status& why, bool counted) noexcept {
+  std::vector<Lost>& lost = lost_;
+  lost.clear();
   for (const Waiting& waiting : waiting_) {
     if (waiting.abandoned || !waiting.ticket.owner || waiting.reader) continue;
     lost.push_back({waiting.ticket, written_ > waiting.first_byte});

@@ -141,8 +141,9 @@ class Session {
     Ticket ticket;
     bool sent = false;
   };
-  // `why` and `counted`: for what others read, too, and will find out later.
-  std::vector<Lost> reset(const Status& why, bool counted);
+  // `why` and `counted`: for what others read, too, and will find out later. Good until the next
+  // push().
+  const std::vector<Lost>& reset(const Status& why, bool counted) noexcept;
 
   std::size_t requests() const noexcept { return waiting_.size(); }
   // Those of them that only change something: SET and UNLINK.
@@ -216,6 +217,7 @@ class Session {
   void complete_readers();
   void complete(Outcome outcome, std::int64_t actual_bytes = 0, std::string_view error = {});
 
+  std::vector<Lost> lost_;  // has room for all of the next two: their end takes no memory
   std::deque<Waiting> waiting_;
   std::deque<Reader> readers_;  // elements do not move
   bool news_ = false;

@@ -169,15 +169,18 @@ void Session::complete_readers() {
 
 // No range of ours is on its way. What is of the whole value, the last reader says.
 void Session::retire(Reader& reader) {
-  if (std::exchange(reader.abandoned, true)) return;
+  if (reader.abandoned) return;
+  // First, because it may throw.
+  completed_.push_back({.ticket = reader.operation.ticket});
+  reader.abandoned = true;
   const auto& ranges = reader.operation.ranges;
   if (!ranges->leave()) {
+    completed_.pop_back();
     news_ = true;  // a helper that still waits for its WATCH need not
     return;
   }
-  const Outcome outcome = ranges->outcome();
-  completed_.push_back({.ticket = reader.operation.ticket, .outcome = outcome});
-  if (outcome == Outcome::lost) completed_.back().ranges = ranges;
+  completed_.back().outcome = ranges->outcome();
+  if (ranges->outcome() == Outcome::lost) completed_.back().ranges = ranges;
 }
 
 }  // namespace fastkv

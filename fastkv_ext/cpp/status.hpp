@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 namespace fastkv {
 
@@ -22,9 +23,28 @@ enum class Code : std::uint8_t {
   internal_error,   // a worker died; the detail says of what
 };
 
+// Made and copied without fail: there may be no memory to say in words what happened, but it has to
+// be told, on threads that must not throw.
 struct Status {
   Code code = Code::ok;
   std::string detail;
+
+  Status() noexcept = default;
+  Status(Code what, std::string_view words) noexcept : code(what) {
+    try {
+      detail = words;
+    } catch (...) {
+      detail.clear();
+    }
+  }
+  Status(const Status& other) noexcept : Status(other.code, other.detail) {}
+  Status& operator=(const Status& other) noexcept {
+    if (this != &other) *this = Status(other);
+    return *this;
+  }
+  Status(Status&&) noexcept = default;
+  Status& operator=(Status&&) noexcept = default;
+  ~Status() = default;
 
   bool ok() const noexcept { return code == Code::ok; }
 };

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <csignal>
 #include <exception>
+#include <new>
 #include <string_view>
 #include <system_error>
 #include <utility>
@@ -28,6 +29,8 @@ constexpr std::uint32_t kHealthTicket = 0;
 constexpr std::uint32_t kServerTicket = 1;
 // INFO server has less than 2 KiB.
 constexpr std::size_t kServerReplyBytes = std::size_t{8} << 10;
+
+constexpr const char* kNoMemory = "out of memory";
 
 }  // namespace
 
@@ -75,7 +78,9 @@ void Worker::run() noexcept {
     }
     for (; carried_.count > 0; --carried_.count) schedule_.fail(*carried_.batch, why);
     for (const auto& lane : lanes_) {
-      if (lane->state == State::connected) lose(*lane, why, false);
+      if (lane->state != State::connected) continue;
+      settle(*lane);  // what was complete when something threw
+      if (lane->stream) lose(*lane, why, false);
     }
     flush_finished();
   };
@@ -141,20 +146,19 @@ void Worker::loop() {
 
 // False: stop.
 bool Worker::handle_messages() {
-  for (Message& message : schedule_.inbox(index_).take()) {
+  Inbox& inbox = schedule_.inbox(index_);
+  auto letter = inbox.take();
+  while (const auto batch = inbox.take_abandoned(index_)) abandon(*batch);
+  for (Message& message : letter.messages) {
     if (auto* adopted = std::get_if<Adopt>(&message)) {
       adopt(*lane_of(adopted->lane), std::move(*adopted));
     } else if (const auto* failed = std::get_if<ConnectFailed>(&message)) {
       Lane& lane = *lane_of(failed->lane);
       lane.state = State::absent;
       lane.retry_at = now_ + failed->delay;
-    } else if (const auto* abandoned = std::get_if<Abandon>(&message)) {
-      abandon(*abandoned->batch);
-    } else {
-      return false;
     }
   }
-  return true;
+  return !letter.stop;
 }
 
 void Worker::adopt(Lane& lane, Adopt&& message) {
@@ -236,8 +240,9 @@ void Worker::poll_as_needed(Lane& lane) {
   lane.polls_write = poll_write;
 }
 
-// Hands what the session completed to its batches.
-void Worker::settle(Lane& lane) {
+// Hands what the session completed to its batches. Takes no memory that it cannot do without: each
+// of them is counted once, whatever happens.
+void Worker::settle(Lane& lane) noexcept {
   Status drop;
   for (Completed& completed : lane.session.completed()) {
     const bool refused = completed.outcome == Outcome::refused;
@@ -266,14 +271,17 @@ void Worker::settle(Lane& lane) {
     }
     if (completed.outcome == Outcome::torn || completed.outcome == Outcome::misfit) {
       batch.note_range_failure(index, completed.outcome);
-      // If not, the batch was abandoned, and needs no answer.
-      if (!schedule_.requeue(batch, index, false, false, Code::ok)) finished(&batch);
+      // If not, the batch was abandoned, and has a status.
+      if (!schedule_.requeue(batch, index, false, false, Code::ok)) {
+        schedule_.fail(batch, {Code::internal_error, kNoMemory});
+      }
       continue;
     }
     if (completed.outcome == Outcome::hit || completed.outcome == Outcome::miss) {
       batch.answer(index, completed.outcome);
-    } else {
-      batch.answer(std::move(completed));
+    } else if (!batch.answer(std::move(completed))) {
+      schedule_.fail(batch, {Code::internal_error, kNoMemory});
+      continue;
     }
     finished(&batch);
   }
@@ -365,22 +373,25 @@ std::size_t Worker::feed(Lane& lane) {
 // Pushes what was pulled.
 void Worker::carry(Lane& lane) {
   while (carried_.count > 0) {
-    Operation operation = carried_.batch->operation(carried_.first);
+    const std::uint32_t index = carried_.first;
+    Operation operation = carried_.batch->operation(index);
     if (carried_.joined) {
-      operation.ranges = std::exchange(carried_.joined, nullptr);
+      operation.ranges = carried_.joined;
       operation.helping = true;
     } else if (operation.ranges && lane.session.read_whole()) {
       operation.ranges = nullptr;
     }
-    --carried_.count;
     const bool offered = operation.ranges && !operation.helping && operation.ranges->divisible();
     if (offered && operation.ranges->snapshot() && !lane.server_asked) ask_server(lane);
     lane.session.push(operation);
+    // From here on it is the session's, and until here ours: whatever throws, it is ended once.
+    carried_.joined = nullptr;
+    ++carried_.first;
+    --carried_.count;
     lane.session.pump(window_.bytes);
     if (offered) {
-      schedule_.offer(*carried_.batch, carried_.first, operation.ranges, lane.number, lane.server);
+      schedule_.offer(*carried_.batch, index, operation.ranges, lane.number, lane.server);
     }
-    ++carried_.first;
   }
 }
 
@@ -394,8 +405,8 @@ void Worker::ask_server(Lane& lane) {
                      .value = {&lane.server_target, 1}});
 }
 
-// Without an answer, for lack of permission, say, the lane shares no snapshots.
-void Worker::learn_server(Lane& lane, const Completed& reply) {
+// Without an answer, for lack of permission or memory, say, the lane shares no snapshots.
+void Worker::learn_server(Lane& lane, const Completed& reply) noexcept try {
   if (reply.outcome == Outcome::hit) {
     lane.server_reply.resize(static_cast<std::size_t>(reply.actual_bytes));
     constexpr std::string_view kField = "\nrun_id:";
@@ -408,11 +419,13 @@ void Worker::learn_server(Lane& lane, const Completed& reply) {
   if (lane.server.empty()) return;
   turn_again_ = true;
   schedule_.identified(lane.number, lane.server);
+} catch (const std::bad_alloc&) {
+  lane.server.clear();
 }
 
 // Drops the connection. Its operations go back to the queue as far as their policy allows.
 // `counted`: the loss is the connection's fault, and uses up an attempt of each.
-void Worker::lose(Lane& lane, const Status& why, bool counted) {
+void Worker::lose(Lane& lane, const Status& why, bool counted) noexcept {
   turn_again_ = true;
   if (why.code == Code::stalled) schedule_.stats().stalls.add();
   if (counted) {
@@ -434,7 +447,7 @@ void Worker::lose(Lane& lane, const Status& why, bool counted) {
   }
 }
 
-void Worker::give_back(const Ticket& ticket, bool sent, bool counted, const Status& why) {
+void Worker::give_back(const Ticket& ticket, bool sent, bool counted, const Status& why) noexcept {
   auto& batch = *static_cast<Batch*>(ticket.owner);
   if (why.code == Code::protocol_error) return schedule_.fail(batch, why);
   if (schedule_.requeue(batch, ticket.index, sent, counted, why.code)) return;
@@ -445,7 +458,7 @@ void Worker::give_back(const Ticket& ticket, bool sent, bool counted, const Stat
   }
 }
 
-void Worker::abandon(Batch& batch) {
+void Worker::abandon(Batch& batch) noexcept {
   // Counted operations of the batch must be out before its last ones are.
   flush_finished();
   for (const auto& lane : lanes_) {
@@ -458,7 +471,7 @@ void Worker::abandon(Batch& batch) {
   }
 }
 
-void Worker::finished(Batch* batch) {
+void Worker::finished(Batch* batch) noexcept {
   turn_again_ = true;
   if (batch != finished_batch_) {
     flush_finished();
@@ -467,7 +480,7 @@ void Worker::finished(Batch* batch) {
   ++finished_count_;
 }
 
-void Worker::flush_finished() {
+void Worker::flush_finished() noexcept {
   if (finished_count_ == 0) return;
   schedule_.finish(*std::exchange(finished_batch_, nullptr), std::exchange(finished_count_, 0));
 }

@@ -72,20 +72,20 @@ class Worker {
   void receive_some(Lane& lane);
   void transmit(Lane& lane);
   void poll_as_needed(Lane& lane);
-  void settle(Lane& lane);
+  void settle(Lane& lane) noexcept;
   std::size_t feed(Lane& lane);
   void carry(Lane& lane);
   void ask_server(Lane& lane);
-  void learn_server(Lane& lane, const Completed& reply);
-  void lose(Lane& lane, const Status& why, bool counted);
-  void give_back(const Ticket& ticket, bool sent, bool counted, const Status& why);
-  void abandon(Batch& batch);
+  void learn_server(Lane& lane, const Completed& reply) noexcept;
+  void lose(Lane& lane, const Status& why, bool counted) noexcept;
+  void give_back(const Ticket& ticket, bool sent, bool counted, const Status& why) noexcept;
+  void abandon(Batch& batch) noexcept;
   int next_timeout() const;
   bool is_waited_for(const Lane& lane) const noexcept;
   bool waits_for_given_up(const Lane& lane) const noexcept;
   void check_stalls();
-  void finished(Batch* batch);
-  void flush_finished();
+  void finished(Batch* batch) noexcept;
+  void flush_finished() noexcept;
   Lane* lane_of(std::uint32_t number) noexcept;
 
   const std::size_t index_;

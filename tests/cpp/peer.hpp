@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "drain.hpp"
 #include "engine.hpp"
 
 // What the server says to a request of connection number so-and-so; nothing: it never says
@@ -122,7 +123,8 @@ class Connector {
     while (!stop_) {
       pollfd entry{engine_.connect_event(), POLLIN, 0};
       ::poll(&entry, 1, -1);
-      for (const std::uint32_t lane : engine_.take_connect_requests()) {
+      while (const auto asked = engine_.take_connect_request()) {
+        const std::uint32_t lane = *asked;
         if (ignore_) continue;
         ++asked_;
         if (refuse_) {
@@ -173,8 +175,8 @@ inline std::set<std::uint64_t> wait_for(fastkv::CompletionQueue& queue, std::siz
   std::set<std::uint64_t> done;
   while (done.size() < count) {
     pollfd entry{queue.fd(), POLLIN, 0};
-    CHECK(::poll(&entry, 1, 20'000) == 1);                                       // else it hangs
-    for (const std::uint64_t id : queue.drain()) CHECK(done.insert(id).second);  // exactly once
+    CHECK(::poll(&entry, 1, 20'000) == 1);                                      // else it hangs
+    for (const std::uint64_t id : drain(queue)) CHECK(done.insert(id).second);  // exactly once
   }
   return done;
 }

@@ -160,16 +160,16 @@ TEST(a_long_store_that_is_being_taken_is_no_stall) {
   Engine engine(1, 1, kWindow, std::make_shared<Stats>());
   Call store(Command::set, 1, "k", std::size_t{8} << 20);
   store.submit(engine);
-  std::vector<std::uint32_t> lanes;
-  while (lanes.empty()) {
+  std::optional<std::uint32_t> lane;
+  while (!lane) {
     pollfd entry{engine.connect_event(), POLLIN, 0};
     ::poll(&entry, 1, -1);
-    lanes = engine.take_connect_requests();
+    lane = engine.take_connect_request();
   }
   int ends[2];
   CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
   const UniqueFd peer(ends[1]);
-  engine.adopt(lanes[0], UniqueFd(ends[0]), 1.0, 0.0);
+  engine.adopt(*lane, UniqueFd(ends[0]), 1.0, 0.0);
   std::string chunk(std::size_t{64} << 10, ' ');
   std::size_t taken = 0;
   for (int slow = 40; taken < store.memory[0].size();) {

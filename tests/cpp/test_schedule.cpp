@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "drain.hpp"
 #include "schedule.hpp"
 
 using namespace fastkv;
@@ -73,7 +74,7 @@ TEST(the_highest_class_that_a_lane_serves_goes_first_and_each_operation_once) {
   f.schedule.finish(*store, 1);
   CHECK(f.pull(kValues).batch == unlink.get());
   CHECK(!f.schedule.has_work(kLookups | kValues));
-  CHECK(f.queue->drain() == Ids{1});
+  CHECK(drain(*f.queue) == Ids{1});
 }
 
 TEST(a_store_that_has_waited_long_goes_before_loads) {
@@ -181,10 +182,10 @@ TEST(a_batch_that_was_given_up_is_never_queued_again) {
     CHECK(f.pull(kLookups, 2).count == 2);
     CHECK(f.schedule.requeue(*batch, 0, true, true, Code::connection_lost));
     CHECK(f.schedule.abandon(1, {Code::cancelled, {}}));
-    CHECK(f.queue->drain().empty());  // one is with a worker
+    CHECK(drain(*f.queue).empty());  // one is with a worker
     CHECK(!f.schedule.requeue(*batch, 1, true, true, Code::connection_lost));
     f.schedule.finish(*batch, 1);
-    CHECK(f.queue->drain() == Ids{1});
+    CHECK(drain(*f.queue) == Ids{1});
     CHECK(batch->status().code == Code::cancelled && f.schedule.batches() == 0);
     CHECK(f.pull(kLookups).count == 0 && !f.schedule.next_due());
     CHECK(!f.schedule.abandon(1, {Code::cancelled, {}}));
@@ -215,11 +216,11 @@ TEST(a_deadline_ends_a_batch_and_is_forgotten_with_it) {
   const auto timely = f.submit(Command::exists, 1, {}, kNow + 2s);
   CHECK(f.schedule.next_due() == kNow + 1s);
   f.schedule.run_due(kNow + 1s);
-  CHECK(f.queue->drain() == Ids{1} && late->status().code == Code::timed_out);
+  CHECK(drain(*f.queue) == Ids{1} && late->status().code == Code::timed_out);
   CHECK(f.schedule.next_due() == kNow + 2s);
   CHECK(f.pull(kLookups).batch == timely.get());
   f.schedule.finish(*timely, 1);
-  CHECK(f.queue->drain() == Ids{2} && timely->status().ok());
+  CHECK(drain(*f.queue) == Ids{2} && timely->status().ok());
   CHECK(!f.schedule.next_due());
 }
 
@@ -230,13 +231,13 @@ TEST(what_no_connection_serves_fails_with_the_connect_and_later_batches_get_a_tr
   const auto old = f.submit(Command::exists, 1);
   const auto later = f.submit(Command::exists, 1);
   f.schedule.connect_failed(0, 2, {Code::connect_failed, "refused"}, 1s);
-  CHECK(f.queue->drain() == Ids{2} && old->status().code == Code::connect_failed);
+  CHECK(drain(*f.queue) == Ids{2} && old->status().code == Code::connect_failed);
   CHECK(f.pull(kLookups).batch == later.get());
   f.schedule.connect_failed(2, 3, {Code::connect_failed, "refused"}, 1s);
-  CHECK(f.queue->drain().empty());  // lane 1 will do it
+  CHECK(drain(*f.queue).empty());  // lane 1 will do it
   f.schedule.lost(1);
   f.schedule.connect_failed(2, 3, {Code::connect_failed, "refused"}, 1s);
-  CHECK(f.queue->drain() == Ids{1});
+  CHECK(drain(*f.queue) == Ids{1});
 }
 
 int main() {

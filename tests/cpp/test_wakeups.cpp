@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "drain.hpp"
 #include "engine.hpp"
 #include "peer.hpp"
 
@@ -147,7 +148,7 @@ TEST(work_that_comes_while_a_worker_falls_asleep_is_seen) {
     Call call(Command::exists, 1);
     engine.submit(call.batch, next_id++, queue, retry(0), 0);
     const auto begin = Clock::now();
-    while (queue->drain().empty()) CHECK(Clock::now() - begin < std::chrono::seconds(20));
+    while (drain(*queue).empty()) CHECK(Clock::now() - begin < std::chrono::seconds(20));
   }
 }
 

@@ -47,13 +47,15 @@ PYTHON = {
     "log": set(),
     "connector": {"_core", "_version", "awaited", "errors", "log", "tls"},
     "options": set(),
+    "shielded": set(),
     "telemetry": {"_core", "connector"},
     "node": {
-        *("_core", "commands", "connector", "errors", "log", "options", "telemetry"),
+        *("_core", "commands", "connector", "errors", "log", "options", "shielded"),
+        "telemetry",
     },
     "info": {"_core"},
-    "registry": {"_core", "connector", "info", "log", "node", "options"},
-    "refresher": set(),
+    "registry": {"_core", "connector", "info", "log", "node", "options", "shielded"},
+    "refresher": {"shielded"},
     "rounds": {"_core", "commands", "errors", "info", "node", "refresher"},
     "topology": {
         *("_core", "connector", "info", "node", "options", "refresher", "registry"),
