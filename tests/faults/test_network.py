@@ -409,7 +409,7 @@ def test_large_values_over_several_connections(line: Line, command: str) -> None
 def test_a_crowd_on_a_network_that_fails_all_the_time(line: Line) -> None:
     """Many calls of all kinds at once; each connection fails after some bytes."""
     random_ = random.Random(f"{SEED}")
-    for round_ in range(20 if LONG else 1):
+    for round_ in range(8 if LONG else 1):
         settings = {
             "tile_range_bytes": 4096,
             "tile_window_bytes": 65536,
@@ -417,7 +417,8 @@ def test_a_crowd_on_a_network_that_fails_all_the_time(line: Line) -> None:
         }
         fault = replace(
             random_fault(random_, 200_000, ["cut", "reset", "split"]),
-            at=random_.randrange(20_000, 200_000),
+            # More than the largest value and a handshake: each can get through.
+            at=random_.randrange(40_000, 200_000),
             connection=None,
             times=None,
             length=2000,
