@@ -250,6 +250,19 @@ def test_attempts_are_as_far_apart_as_redis_py_makes_them(
         assert client.batch_tile_exists(["c"]) == [True]
 
 
+def test_a_delayed_attempt_wakes_whoever_can_make_it(make: Any) -> None:
+    retry = redis.retry.Retry(redis.backoff.ConstantBackoff(0.05), 1)
+    with ScriptedPeer() as peer:
+        # The first worker watches the clock, and has lookups alone; values are the
+        # other's.
+        client = make(port=peer.port, retry=retry, tile_workers=2, tile_connections=1)
+        peer.expect("GET", "a").close()
+        peer.expect("GET", "a").reply(b"$3\r\nabc\r\n")
+        got = bytearray(3)
+        assert client.batch_tile_get(["a"], [got], timeout=20) == [True]
+        assert got == b"abc"
+
+
 def test_errors_that_the_user_wants_retried_are_retried(make: Any) -> None:
     with ScriptedPeer() as peer:
         client = make(

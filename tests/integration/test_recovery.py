@@ -22,7 +22,7 @@ from redis.retry import Retry
 import fastkv
 from fastkv.cli.private_server import PrivateServer
 from tests.conftest import Endpoint
-from tests.scripted import SilentPeer
+from tests.scripted import ScriptedPeer, SilentPeer
 
 KEYS = [f"k{i}" for i in range(64)]
 VALUES = [os.urandom(200_000) for _ in KEYS]
@@ -321,3 +321,19 @@ def test_a_value_that_trickles_in_is_no_stall(make: Any) -> None:
         got = bytearray(peer.PIECES * peer.PIECE)
         assert client.batch_tile_get(["k"], [got]) == [True]
         assert got == b"x" * len(got)
+
+
+def test_a_busy_connection_that_was_retired_gets_no_more_work(make: Any) -> None:
+    """As when the pool was disconnected for the sake of new credentials."""
+    with ScriptedPeer() as peer:
+        client = make(port=peer.port, max_connections=1)
+        gate = threading.Event()
+        busy = peer.expect("EXISTS", "a").reply(b":1\r\n").when(gate)
+        peer.expect("EXISTS", "b").reply(b":0\r\n")
+        first = client.submit_batch_tile_exists(["a"])
+        assert busy.seen.wait(5)
+        client.connection_pool.disconnect()
+        second = client.submit_batch_tile_exists(["b"])
+        gate.set()
+        assert (first.result(5), second.result(5)) == ([True], [False])
+        assert peer.connections == 2

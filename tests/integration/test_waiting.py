@@ -23,9 +23,9 @@ from redis.exceptions import ConnectionError, TimeoutError
 import fastkv
 import fastkv.asyncio
 from fastkv import commands
-from fastkv._core import CompletionQueue
+from fastkv._core import Code, CompletionQueue
 from tests.conftest import Endpoint, eventually
-from tests.scripted import ScriptedPeer, SilentPeer
+from tests.scripted import OddServer, ScriptedPeer, SilentPeer
 
 SIZE = 300_000
 
@@ -176,6 +176,50 @@ def test_a_value_that_was_given_up_in_the_middle_is_not_written_on(
         assert got == peer.VALUE
         assert whole == b"\x5a" * SIZE
         assert peer.connections == 1
+
+
+class LateReader(OddServer):
+    """Reads the beginning of a SET, and the rest once it may."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        super().__init__()
+
+    def peek(self, connection: socket.socket, data: bytes) -> bool:
+        if b"SET\r\n" in data:
+            self.begun.set()
+            self.go_on.wait(20)
+        return True
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout"])
+def test_a_value_that_was_given_up_in_the_middle_is_not_sent_to_its_end(
+    make: Any, how: str
+) -> None:
+    """The rest would be whatever the caller has put there since."""
+    with LateReader() as peer:
+        client = make(port=peer.port, max_connections=1)
+        memory = bytearray(b"1" * 40_000_000)
+        limit = 1.0 if how == "timeout" else None
+        future = client.submit_batch_tile_set(["a"], [memory], timeout=limit)
+        assert peer.begun.wait(5)
+        if how == "cancel":
+            assert future.cancel()
+        assert eventually(lambda: client._tile_node.idle)
+        memory[:] = b"2" * len(memory)
+        peer.go_on.set()
+        assert client.batch_tile_exists(["a"]) == [False]
+    assert peer.data == {}  # all that was sent has been read by now
+
+
+def test_an_engine_that_was_closed_takes_no_batch(client: fastkv.Redis) -> None:
+    """Not even from somebody who holds it still, and would wait for ever."""
+    node, queue = client._node(), CompletionQueue()
+    policy = node._retry_policy()
+    client.close()
+    batch = commands.exists(client._tile_encoder(), ["a"])
+    assert node._engine.submit(batch, queue, policy, 0) == Code.CLOSED
+    queue.close()
 
 
 def test_a_batch_that_was_taken_back_is_pinned_until_it_is_drained(
