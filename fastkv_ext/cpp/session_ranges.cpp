@@ -10,11 +10,10 @@ namespace fastkv {
 namespace {
 
 // Codes of Redis's own, such as WRONGTYPE, MOVED or LOADING, speak of the key or of the moment: a
-// plain GET would be answered likewise.
+// plain GET would be answered likewise. NOPERM and EXECABORT may speak of either.
 bool speaks_of_command(std::string_view line) noexcept {
   const auto code = line.substr(0, line.find(' '));
-  if (code == "NOPERM") return line.find("to run the") != std::string_view::npos;
-  return code == "ERR" ||
+  return code == "ERR" || line.find("to run the") != std::string_view::npos ||
          !std::all_of(code.begin(), code.end(), [](char c) { return c >= 'A' && c <= 'Z'; });
 }
 

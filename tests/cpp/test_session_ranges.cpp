@@ -172,6 +172,9 @@ TEST(a_refused_step_is_a_misfit) {
              {"-ERR unknown command\r\n", true},
              {"-invalid request\r\n", true},
              {"-NOPERM this user has no permissions to run the 'watch' command\r\n", true},
+             {"-EXECABORT Transaction discarded because of: this user has no permissions to run "
+              "the 'exec' command\r\n",
+              true},
              {"-NOPERM No permissions to access a key\r\n", false},
              {"-WRONGTYPE a list\r\n", false},
              {"-LOADING wait\r\n", false},

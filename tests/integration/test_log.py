@@ -83,7 +83,8 @@ def test_a_server_that_is_away_and_comes_back(
     assert line.startswith(f"cannot connect: {address}: ConnectionError: Error 111 ")
     own_server.start()
     client.batch_tile_exists(["a"])
-    assert lines(caplog, logging.INFO) == [f"connected again: {address}"]
+    again = [f"connected again: {address}"]
+    assert eventually(lambda: lines(caplog, logging.INFO) == again)
 
 
 def test_refused_range_reads_are_told(
