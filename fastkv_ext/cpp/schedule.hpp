@@ -14,82 +14,20 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
-#include <variant>
 #include <vector>
 
 #include "batch.hpp"
 #include "fd.hpp"
+#include "inbox.hpp"
 #include "stats.hpp"
-#include "stream.hpp"
 
 namespace fastkv {
-
-// Which priorities a lane serves, as bits.
-using PrioritySet = std::uint8_t;
-constexpr PrioritySet priority_bit(Priority p) noexcept {
-  return static_cast<PrioritySet>(1u << static_cast<unsigned>(p));
-}
-constexpr PrioritySet without(PrioritySet set, Priority p) noexcept {
-  return static_cast<PrioritySet>(set & ~priority_bit(p));
-}
-inline constexpr PrioritySet kLookups = priority_bit(Priority::lookup);
-inline constexpr PrioritySet kValues =
-    priority_bit(Priority::retrieve) | priority_bit(Priority::store);
 
 // What a worker has to say to whoever writes a log.
 struct Notice {
   enum class Kind : std::uint8_t { connection_lost, idle_connection_lost, ranges_refused };
   Kind kind = Kind::connection_lost;
   std::string text;
-};
-
-// What a worker is told by other threads.
-struct Adopt {  // a connected lane
-  std::uint32_t lane = 0;
-  std::unique_ptr<Stream> stream;
-  Clock::duration stall_timeout{};    // 0: none
-  Clock::duration health_interval{};  // 0: none
-};
-struct ConnectFailed {
-  std::uint32_t lane = 0;
-  Clock::duration delay{};  // before it is asked for again
-};
-using Message = std::variant<Adopt, ConnectFailed>;
-
-class Inbox {
- public:
-  // Set by the worker before it looks for work and sleeps, read by whoever queues work. Both sides
-  // are sequentially consistent, and so is Schedule::queued_: either the worker sees the work, or
-  // the other side sees that it must wake the worker.
-  std::atomic<bool> asleep{false};
-  PrioritySet priorities = 0;  // what its lanes serve; immutable after start
-
-  void post(Message message);  // throws std::bad_alloc
-  void abandon(const std::shared_ptr<Batch>& batch, std::size_t worker) noexcept;
-  void stop() noexcept;
-  void wake() noexcept;
-  // The worker's: a descriptor to sleep on, and what came. Clears the wake-up first, so that a
-  // later message signals again.
-  int fd() const noexcept { return event_.fd(); }
-  struct Letter {
-    std::vector<Message> messages;
-    bool stop = false;
-  };
-  Letter take() noexcept;
-  // Behind take(): the batches that were abandoned, one a call, null when there is none left.
-  std::shared_ptr<Batch> take_abandoned(std::size_t worker) noexcept;
-  // No wake-up afterwards. Under the mutex, because a caller that is late with one must not write
-  // to a descriptor that is somebody else's by then.
-  void close() noexcept;
-  // In a child, where a thread that holds the mutex does not exist.
-  void close_after_fork() noexcept { event_.close(); }
-
- private:
-  EventFd event_;  // signalled and closed under mutex_
-  std::mutex mutex_;
-  // guarded by mutex_
-  Letter letter_;
-  Batch* abandoned_ = nullptr;  // see Batch::links_
 };
 
 class Schedule {

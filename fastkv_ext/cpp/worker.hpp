@@ -14,6 +14,7 @@
 
 #include "batch.hpp"
 #include "fd.hpp"
+#include "inbox.hpp"
 #include "schedule.hpp"
 #include "session.hpp"
 #include "stream.hpp"

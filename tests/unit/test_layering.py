@@ -23,8 +23,9 @@ CPP = {
     "completion_queue": {"status", "fd"},
     "batch": {"status", "fd", "resp", "session", "slots", "completion_queue"},
     "stats": {"status", "session", "slots", "batch"},
-    "schedule": {"status", "fd", "batch", "completion_queue", "stats", "stream"},
-    "worker": {"status", "fd", "session", "stream", "batch", "schedule"},
+    "inbox": {"fd", "batch", "stream"},
+    "schedule": {"status", "fd", "batch", "completion_queue", "stats", "inbox"},
+    "worker": {"status", "fd", "session", "stream", "batch", "inbox", "schedule"},
     "engine": {
         "status",
         "fd",
