@@ -60,11 +60,6 @@ void Engine::close() {
   schedule_.close({Code::closed, {}});
   for (std::size_t i = 0; i < workers_.size(); ++i) schedule_.inbox(i).stop();
   for (const auto& worker : workers_) worker->join();
-  // What was left for a worker that had ended; each holds itself.
-  for (std::size_t i = 0; i < workers_.size(); ++i) {
-    while (schedule_.inbox(i).take_abandoned(i)) {
-    }
-  }
   schedule_.wake_connector();
 }
 

@@ -41,6 +41,14 @@ Schedule::Schedule(std::size_t workers, std::vector<PrioritySet> lane_priorities
   }
 }
 
+Schedule::~Schedule() {
+  // What was left for workers that had ended: each holds itself.
+  for (std::size_t i = 0; i < inboxes_.size(); ++i) {
+    while (inboxes_[i]->take_abandoned(i)) {
+    }
+  }
+}
+
 // --- callers -----------------------------------------------------------------------------------
 
 Status Schedule::submit(std::shared_ptr<Batch> batch, std::uint64_t id,

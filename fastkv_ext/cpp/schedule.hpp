@@ -35,6 +35,7 @@ class Schedule {
   // Values of half of `range_bytes` and more are read in ranges; 0: none is.
   Schedule(std::size_t workers, std::vector<PrioritySet> lane_priorities, std::uint64_t range_bytes,
            std::shared_ptr<Stats> stats);
+  ~Schedule();
 
   // --- callers ---
   Status submit(std::shared_ptr<Batch> batch, std::uint64_t id,
