@@ -270,6 +270,7 @@ class OddServer(_Peer):
         self._odd: Step | None = None
         self._before = 0  # answered as usual before it
         self._usual = False
+        self._in_multi: set[socket.socket] = set()  # MULTI without its EXEC
         super().__init__()
 
     def odd(self, command: str, nth: int = 1, usual: bool = False) -> Step:
@@ -310,8 +311,16 @@ class OddServer(_Peer):
                     step, self._odd = self._odd, None
                     step.payload = self._usual * reply + step.payload
                 self._before -= 1
+        if step is not None:
+            step.seen.set()
+            reply = step.payload
+        elif connection in self._in_multi and command[0] != b"EXEC":
+            reply = b"+QUEUED\r\n"
+        if command[0] == b"MULTI" and reply == b"+OK\r\n":
+            self._in_multi.add(connection)
+        if command[0] == b"EXEC" and not reply.startswith(b"-"):
+            self._in_multi.discard(connection)
         if step is None:
             connection.sendall(reply)
             return True
-        step.seen.set()
         return step.play(connection)

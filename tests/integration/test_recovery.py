@@ -21,7 +21,7 @@ from redis.retry import Retry
 
 import fastkv
 from fastkv.cli.private_server import PrivateServer
-from tests.conftest import Endpoint
+from tests.conftest import Endpoint, eventually
 from tests.scripted import ScriptedPeer, SilentPeer
 
 KEYS = [f"k{i}" for i in range(64)]
@@ -337,3 +337,19 @@ def test_a_busy_connection_that_was_retired_gets_no_more_work(make: Any) -> None
         gate.set()
         assert (first.result(5), second.result(5)) == ([True], [False])
         assert peer.connections == 2
+
+
+def test_a_connection_that_cannot_be_set_up_is_closed_at_once(
+    own_server: PrivateServer, make: Any
+) -> None:
+    """The exception that says why would hold it for as long as somebody has that."""
+
+    def odd(connection: object) -> None:
+        raise ZeroDivisionError("odd")
+
+    client = make(port=own_server.port, redis_connect_func=odd)
+    with own_server.client() as admin:
+        with pytest.raises(ZeroDivisionError) as caught:
+            client.batch_tile_exists(["a"])
+        assert eventually(lambda: len(admin.client_list()) == 1)
+        assert str(caught.value) == "odd"
