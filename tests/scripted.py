@@ -259,7 +259,8 @@ class OddServer(_Peer):
 
     Attributes:
         data: Nobody writes to it while a value is read in ranges.
-        refused: Commands that are refused each time, and with which line.
+        refused: Commands that are refused each time, and with which line; if that is
+            empty, by hanging up.
         counts: How often each command came.
     """
 
@@ -311,6 +312,8 @@ class OddServer(_Peer):
                     step, self._odd = self._odd, None
                     step.payload = self._usual * reply + step.payload
                 self._before -= 1
+        if step is None and self.refused.get(command[0]) == b"":
+            return False
         if step is not None:
             step.seen.set()
             reply = step.payload

@@ -448,6 +448,7 @@ bool Session::waited_behind_given_up() const noexcept {
 const std::vector<Session::Lost>& Session::reset(const Status& why, bool counted) noexcept {
   std::vector<Lost>& lost = lost_;
   lost.clear();
+  if (counted && why.code == Code::connection_lost) note_hang_up();
   for (const Waiting& waiting : waiting_) {
     if (waiting.abandoned || !waiting.ticket.owner || waiting.reader) continue;
     lost.push_back({waiting.ticket, written_ > waiting.first_byte});

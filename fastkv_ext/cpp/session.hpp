@@ -102,7 +102,8 @@ class Session {
   // Since the last call, something happened to a value that others read or could read, too: have
   // them pump().
   bool take_news() noexcept { return std::exchange(news_, false); }
-  // A server, proxy or ACL has refused a command that ranges need. Whether it will the next time,
+  // A server, proxy or ACL has refused a command that ranges need, or has hung up on the first of
+  // them, as some proxies do on what they do not know. Whether it will the next time,
   // too, no wording says for certain: one value is read whole by a plain GET, and after each
   // further refusal in a row twice as many, before ranges are tried again. Survives reset(), or
   // each reconnect would try at once.
@@ -175,6 +176,7 @@ class Session {
     std::size_t unanswered = 0;     // steps pushed and not answered
     bool watched = false;           // WATCH was answered
     bool reading = false;           // a range was pushed
+    bool answered = false;          // a step was, at least the beginning
     bool asked = false;             // no more steps follow
     std::uint32_t tried_after = 0;  // refusals_, when it was begun
     bool refused = false;           // a step was
@@ -213,6 +215,7 @@ class Session {
   Status protocol_error(std::string_view why) const;
   Status take_step(const ReplyHead& head);
   void refuse(Reader& reader, std::string_view line);
+  void note_hang_up() noexcept;
   void complete_step(bool fits);
   void complete_readers();
   void complete(Outcome outcome, std::int64_t actual_bytes = 0, std::string_view error = {});

@@ -92,6 +92,7 @@ Status Session::take_step(const ReplyHead& head) {
   using Type = ReplyHead::Type;
   const Waiting& front = waiting_.front();
   const Command command = front.command;
+  front.reader->answered = true;
   if (head.type == Type::error) {
     if (command == Command::range) unread_ -= front.value_bytes;
     refuse(*front.reader, head.text);
@@ -146,6 +147,15 @@ void Session::refuse(Reader& reader, std::string_view line) {
   constexpr std::uint32_t kMostDoublings = 20;
   whole_left_ = std::uint64_t{1} << std::min(refusals_++, kMostDoublings);
   if (refusals_ == 2) refusal_ = line.substr(0, kMaxError);
+}
+
+// The connection ended at the first command of a value in ranges, unless it was one of the worker's
+// own right before it.
+void Session::note_hang_up() noexcept {
+  const auto first = std::find_if(waiting_.begin(), waiting_.end(),
+                                  [](const Waiting& waiting) { return waiting.ticket.owner; });
+  if (first == waiting_.end() || !first->reader || first->reader->answered) return;
+  if (written_ > first->first_byte) refuse(*first->reader, "hung up");  // too short to take memory
 }
 
 void Session::complete_step(bool fits) {

@@ -229,6 +229,35 @@ TEST(each_refusal_in_a_row_makes_twice_as_many_values_be_read_whole_and_a_succes
   }
 }
 
+TEST(a_connection_that_ends_at_the_first_step_counts_as_a_refusal) {
+  const Status lost{Code::connection_lost, {}};
+  for (const bool snapshot : {true, false}) {
+    Session session;
+    Memory memory(30'000);
+    const auto try_ranges = [&](std::size_t answered) {
+      session.push(in_ranges(memory, snapshot));
+      session.pump(1 << 20);
+      auto replies = replies_to(sent(session), std::string(30'000, 'x'));
+      for (std::size_t i = 0; i < answered; ++i) CHECK(feed(session, replies[i]).ok());
+    };
+    try_ranges(1);
+    session.reset(lost, true);
+    CHECK(!session.ranges_refused());
+    for (const std::size_t whole : {1, 2, 4}) {
+      try_ranges(0);
+      session.reset(lost, true);
+      for (std::size_t i = 0; i < whole; ++i) CHECK(session.read_whole());
+      CHECK(!session.ranges_refused());
+    }
+    try_ranges(0);
+    session.reset({Code::stalled, {}}, true);
+    CHECK(!session.ranges_refused());
+    try_ranges(0);
+    session.reset({Code::closed, {}}, false);
+    CHECK(!session.ranges_refused());
+  }
+}
+
 TEST(values_that_were_asked_for_at_once_are_refused_once) {
   Session session;
   std::deque<Memory> memories;

@@ -526,6 +526,20 @@ def test_a_refused_step_is_tried_again_ever_more_rarely(peer: OddServer) -> None
                 assert gets(client, 2) == 0
 
 
+@pytest.mark.parametrize("mode", MODES[1:3], ids=lambda mode: mode.name)
+def test_a_proxy_that_hangs_up_on_what_it_does_not_know_is_done_without(
+    peer: OddServer, mode: Mode
+) -> None:
+    """As twemproxy does."""
+    caller = Caller(peer, mode, SEED)
+    peer.refused = dict.fromkeys((b"WATCH", b"GETRANGE", b"MULTI", b"INFO"), b"")
+    with connect(peer, mode) as client:
+        client.set_retry(Retry(NoBackoff(), 3))
+        for _ in range(20):
+            assert caller.outcomes(client, caller.buffers()) == [True] * 3
+    assert peer.connections <= 12
+
+
 def test_memory_is_flat_whatever_the_reply(peer: OddServer) -> None:
     """Announced, endless or long: nothing is kept."""
     hostile = [
