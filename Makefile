@@ -115,7 +115,7 @@ test-cpp: $(BIN)/python
 
 # The extension is built beside the usual one, and its runtime must come before all others. Left out
 # are tests that measure memory or time, and one without descriptors: the sanitizer needs them, too.
-ASAN_TESTS := not memory_is_flat and not takes_milliseconds and not out_of_descriptors
+ASAN_TESTS := not memory_is_flat and not takes_milliseconds and not out_of_descriptors and not no_descriptors and not each_allocation
 asan: $(BIN)/.test
 	@$(MAKE) test-cpp SANITIZE=address,undefined
 	FASTKV_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib

@@ -58,6 +58,7 @@ Operation Batch::operation(std::uint32_t index) {
     operation.ranges = std::make_shared<RangedValue>(value_bytes(index), range_bytes_, !immutable_);
   }
   operation.asking = asking_;
+  operation.repeatable = repeatable_;
   operation.set_options = set_options_;
   operation.set_option_count = set_option_count_;
   return operation;

@@ -56,6 +56,7 @@ void Session::push(const Operation& operation) {
   if (operation.asking) push({.command = Command::asking});
   Waiting waiting{.ticket = operation.ticket,
                   .command = operation.command,
+                  .repeatable = operation.repeatable,
                   .first_byte = queued_,
                   .value = operation.value,
                   .value_bytes = total_bytes(operation.value)};
@@ -439,10 +440,21 @@ Session::Abandoned Session::abandon(const void* owner) noexcept {
   return result;
 }
 
-bool Session::waited_behind_given_up() const noexcept {
-  return owes_given_up() && std::any_of(waiting_.begin(), waiting_.end(), [](const Waiting& one) {
-           return !one.abandoned && one.ticket.owner;
-         });
+bool Session::owes_given_up() const noexcept {
+  const auto first = std::find_if(waiting_.begin(), waiting_.end(),
+                                  [](const Waiting& one) { return one.ticket.owner; });
+  return first != waiting_.end() && first->abandoned;
+}
+
+bool Session::waited_for() const noexcept {
+  return std::any_of(waiting_.begin(), waiting_.end(),
+                     [](const Waiting& one) { return one.ticket.owner && !one.abandoned; });
+}
+
+bool Session::holds_unrepeatable() const noexcept {
+  return std::any_of(waiting_.begin(), waiting_.end(), [this](const Waiting& one) {
+    return !one.repeatable && !one.abandoned && written_ > one.first_byte;
+  });
 }
 
 const std::vector<Session::Lost>& Session::reset(const Status& why, bool counted) noexcept {

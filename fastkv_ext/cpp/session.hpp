@@ -66,6 +66,7 @@ struct Operation {
   std::shared_ptr<RangedValue> ranges;
   bool helping = false;          // ... that another connection has begun
   bool asking = false;           // ask a node of a cluster that does not own the slot yet
+  bool repeatable = true;        // false: it may change more if it is sent twice
   std::string_view set_options;  // set: arguments after the value, already RESP bulk strings
   std::size_t set_option_count = 0;
 };
@@ -161,12 +162,12 @@ class Session {
   bool awaits_reply() const noexcept {
     return !waiting_.empty() && waiting_.front().end_byte <= written_;
   }
-  // The next reply is to an operation that was given up ...
-  bool owes_given_up() const noexcept {
-    return !waiting_.empty() && waiting_.front().abandoned && waiting_.front().ticket.owner;
-  }
-  // ... and somebody waits behind it.
-  bool waited_behind_given_up() const noexcept;
+  // The next reply is to an operation that was given up, or to one of the worker's own before it.
+  bool owes_given_up() const noexcept;
+  // Somebody waits for a reply ...
+  bool waited_for() const noexcept;
+  // ... to what must not be sent again.
+  bool holds_unrepeatable() const noexcept;
 
  private:
   // Our part in a GET in ranges. Its steps stand in waiting_, and point here.
@@ -187,6 +188,7 @@ class Session {
     Ticket ticket;
     Command command = Command::get;
     bool abandoned = false;
+    bool repeatable = true;
     // Where the request begins and ends in the stream of all requests.
     std::uint64_t first_byte = 0;
     std::uint64_t end_byte = 0;

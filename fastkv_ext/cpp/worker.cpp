@@ -21,9 +21,10 @@ constexpr std::size_t kTurnBytes = std::size_t{1} << 20;
 // Of a store, in one system call, while somebody waits for a lookup or a retrieve: what lies in the
 // server's socket is read before the next request is. Without need it would halve the rate of SETs.
 constexpr std::size_t kUrgentWrite = std::size_t{512} << 10;
-// What somebody waits, in silence, for the reply to an operation that another has given up. Then
-// the connection is taken for dead, as redis-py takes each whose caller has timed out.
-constexpr auto kGivenUpPatience = std::chrono::milliseconds(250);
+// What somebody waits, in silence, for a reply that is not his: to an operation that another has
+// given up, or to a health check. Then the connection is taken for dead, as redis-py takes each
+// whose caller has timed out.
+constexpr auto kDoubtPatience = std::chrono::seconds(1);
 // Of a worker's own requests.
 constexpr std::uint32_t kHealthTicket = 0;
 constexpr std::uint32_t kServerTicket = 1;
@@ -322,7 +323,7 @@ std::size_t Worker::feed(Lane& lane) {
     lane.generation = schedule_.request_connection(lane.number);
   }
   if (lane.state != State::connected || lane.checking) return 0;
-  if (waits_for_given_up(lane)) return 0;  // check_stalls is next
+  if (lane.session.owes_given_up()) return 0;  // others may be quicker, see is_in_doubt
   Session& session = lane.session;
   if (idle && lane.health_interval.count() > 0 && now_ - lane.progress > lane.health_interval) {
     lane.checking = true;
@@ -427,7 +428,7 @@ void Worker::learn_server(Lane& lane, const Completed& reply) noexcept try {
 // `counted`: the loss is the connection's fault, and uses up an attempt of each.
 void Worker::lose(Lane& lane, const Status& why, bool counted) noexcept {
   turn_again_ = true;
-  if (why.code == Code::stalled) schedule_.stats().stalls.add();
+  if (why.code == Code::stalled && counted) schedule_.stats().stalls.add();
   if (counted) {
     const bool idle = lane.session.requests() == 0;
     schedule_.note(idle ? Notice::Kind::idle_connection_lost : Notice::Kind::connection_lost,
@@ -497,9 +498,7 @@ int Worker::next_timeout() const {
         lane->stall_timeout.count() > 0) {
       consider(lane->progress + lane->stall_timeout);
     }
-    if (lane->state == State::connected && lane->session.owes_given_up() && is_waited_for(*lane)) {
-      consider(lane->progress + kGivenUpPatience);
-    }
+    if (is_in_doubt(*lane)) consider(lane->progress + kDoubtPatience);
     if (lane->state == State::absent && lane->retry_at > now_ &&
         schedule_.has_work(lane->priorities)) {
       consider(lane->retry_at);
@@ -516,27 +515,30 @@ int Worker::next_timeout() const {
   return static_cast<int>(std::min<std::int64_t>(left, 60'000));
 }
 
-// Somebody wants what the connection has to say, or to ask it something.
-bool Worker::is_waited_for(const Lane& lane) const noexcept {
-  return lane.session.waited_behind_given_up() || schedule_.has_work(lane.priorities);
-}
-
-bool Worker::waits_for_given_up(const Lane& lane) const noexcept {
-  return lane.session.owes_given_up() && now_ - lane.progress >= kGivenUpPatience &&
-         is_waited_for(lane);
+// Whether the connection, if it says nothing, is to be taken for dead: see kDoubtPatience.
+bool Worker::is_in_doubt(const Lane& lane) const noexcept {
+  if (lane.state != State::connected) return false;
+  const Session& session = lane.session;
+  if (!lane.checking && !session.owes_given_up()) return false;
+  // Its caller would be told that nobody knows what became of it, for another's sake.
+  if (session.holds_unrepeatable()) return false;
+  return session.waited_for() || schedule_.has_work(lane.priorities);
 }
 
 void Worker::check_stalls() {
   const auto is_late = [this](const Lane& lane) {
     return lane.stall_timeout.count() > 0 && now_ - lane.progress >= lane.stall_timeout;
   };
+  const auto is_dead = [this](const Lane& lane) {
+    return now_ - lane.progress >= kDoubtPatience && is_in_doubt(lane);
+  };
   for (const auto& lane : lanes_) {
     if (lane->state != State::connected || lane->session.requests() == 0) continue;
-    if (!is_late(*lane) && !waits_for_given_up(*lane)) continue;
+    if (!is_late(*lane) && !is_dead(*lane)) continue;
     receive(*lane);  // a few bytes may be there, see Stream::expect
     if (!lane->stream) continue;
     const bool late = is_late(*lane);
-    if (!late && !waits_for_given_up(*lane)) continue;
+    if (!late && !is_dead(*lane)) continue;
     const bool writing = !lane->session.awaits_reply();
     lose(*lane,
          {Code::stalled, writing ? "Timeout writing to socket" : "Timeout reading from socket"},

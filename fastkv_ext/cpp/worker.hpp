@@ -82,8 +82,7 @@ class Worker {
   void give_back(const Ticket& ticket, bool sent, bool counted, const Status& why) noexcept;
   void abandon(Batch& batch) noexcept;
   int next_timeout() const;
-  bool is_waited_for(const Lane& lane) const noexcept;
-  bool waits_for_given_up(const Lane& lane) const noexcept;
+  bool is_in_doubt(const Lane& lane) const noexcept;
   void check_stalls();
   void finished(Batch* batch) noexcept;
   void flush_finished() noexcept;

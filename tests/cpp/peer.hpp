@@ -92,11 +92,12 @@ inline void serve(fastkv::UniqueFd socket, int connection, const Answer& answer,
 class Connector {
  public:
   Connector(fastkv::Engine& engine, Answer answer, std::size_t lifetime = SIZE_MAX,
-            double stall_seconds = 5.0)
+            double stall_seconds = 5.0, double health_seconds = 0.0)
       : engine_(engine),
         answer_(std::move(answer)),
         lifetime_(lifetime),
-        stall_seconds_(stall_seconds) {
+        stall_seconds_(stall_seconds),
+        health_seconds_(health_seconds) {
     thread_ = std::thread([this] { run(); });
   }
   ~Connector() {
@@ -142,7 +143,7 @@ class Connector {
               serve(fastkv::UniqueFd(fd), number, answer_, lifetime_);
             },
             ends[1]);
-        engine_.adopt(lane, fastkv::UniqueFd(ends[0]), stall_seconds_, 0.0);
+        engine_.adopt(lane, fastkv::UniqueFd(ends[0]), stall_seconds_, health_seconds_);
       }
     }
   }
@@ -151,6 +152,7 @@ class Connector {
   const Answer answer_;
   const std::size_t lifetime_;
   const double stall_seconds_;
+  const double health_seconds_;
   std::atomic<bool> stop_{false};
   std::atomic<bool> refuse_{false};
   std::atomic<bool> ignore_{false};

@@ -103,6 +103,49 @@ TEST(a_call_that_comes_after_one_was_given_up_waits_for_no_answer_to_that) {
   CHECK(next.wait() == Code::ok);
 }
 
+TEST(what_must_not_be_repeated_suffers_from_nobody_who_gives_up) {
+  for (const bool before : {true, false}) {
+    std::atomic<int> asked{0};
+    Engine engine(1, 1, kWindow, std::make_shared<Stats>());
+    Connector connector(
+        engine,
+        [&](int, const auto& words) -> std::optional<std::string> {
+          if (++asked == 1) std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+          return answer(words);
+        },
+        SIZE_MAX, kNever);
+    Call late(Command::exists, 1);
+    Call once(Command::set, 1);
+    once.batch->forbid_repeat();
+    late.submit(engine, 0.3);
+    while (asked == 0) std::this_thread::yield();
+    if (before) once.submit(engine);
+    CHECK(late.wait() == Code::timed_out);
+    if (!before) once.submit(engine);
+    CHECK(once.wait() == Code::ok);
+  }
+}
+
+TEST(a_health_check_that_is_not_answered_keeps_nobody) {
+  std::atomic<bool> silent{false};
+  Engine engine(1, 1, kWindow, std::make_shared<Stats>());
+  Connector connector(
+      engine,
+      [&](int connection, const auto& words) -> std::optional<std::string> {
+        if (connection == 0 && silent) return std::nullopt;
+        return words[0] == "PING" ? "+PONG\r\n" : answer(words);
+      },
+      SIZE_MAX, kNever, 0.01);
+  Call first(Command::exists, 1);
+  first.submit(engine);
+  CHECK(first.wait() == Code::ok);
+  silent = true;
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));  // idle for more than that
+  Call next(Command::exists, 1);
+  next.submit(engine);
+  CHECK(next.wait() == Code::ok);
+}
+
 TEST(a_server_that_is_late_for_everybody_is_waited_for) {
   std::atomic<bool> asked{false};
   std::atomic<bool> go{false};
@@ -119,7 +162,7 @@ TEST(a_server_that_is_late_for_everybody_is_waited_for) {
   call.submit(engine);
   while (!asked) std::this_thread::yield();
   Call last(Command::exists, 1);
-  last.submit(engine, 0.6);
+  last.submit(engine, 1.5);
   CHECK(last.wait() == Code::timed_out);
   go = true;
   CHECK(call.wait() == Code::ok);

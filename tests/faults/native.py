@@ -27,6 +27,8 @@ def built(source: str) -> str:
         input=source,
         text=True,
         check=True,
+        # What is preloaded into Python, such as a sanitizer, is not for the compiler.
+        env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"},
     )
     return library
 
