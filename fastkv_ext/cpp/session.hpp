@@ -110,7 +110,11 @@ class Session {
   // each reconnect would try at once.
   bool ranges_refused() const noexcept { return whole_left_ > 0; }
   // The same, asked for a value that would be read in ranges, and counted.
-  bool read_whole() noexcept { return whole_left_ > 0 && whole_left_-- > 0; }
+  bool read_whole() noexcept {
+    if (whole_left_ == 0) return false;
+    --whole_left_;
+    return true;
+  }
   // Once, when it is no single event: the error line.
   std::string take_refusal() noexcept { return std::exchange(refusal_, {}); }
 
