@@ -42,12 +42,12 @@ Engine::~Engine() {
   close();
 }
 
-Status Engine::submit(std::shared_ptr<Batch> batch, std::uint64_t id,
+Status Engine::submit(const std::shared_ptr<Batch>& batch, std::uint64_t id,
                       std::shared_ptr<CompletionQueue> queue,
                       std::shared_ptr<const RetryPolicy> retry, double seconds) {
   std::optional<Clock::time_point> deadline;
   if (seconds > 0) deadline = Clock::now() + to_duration(seconds);
-  return schedule_.submit(std::move(batch), id, std::move(queue), std::move(retry), deadline);
+  return schedule_.submit(batch, id, std::move(queue), std::move(retry), deadline);
 }
 
 void Engine::cancel(std::uint64_t id) noexcept {

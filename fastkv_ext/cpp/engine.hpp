@@ -29,7 +29,7 @@ class Engine {
   ~Engine();
 
   // `seconds`: for the whole batch, 0 for no limit.
-  Status submit(std::shared_ptr<Batch> batch, std::uint64_t id,
+  Status submit(const std::shared_ptr<Batch>& batch, std::uint64_t id,
                 std::shared_ptr<CompletionQueue> queue, std::shared_ptr<const RetryPolicy> retry,
                 double seconds);
   void cancel(std::uint64_t id) noexcept;

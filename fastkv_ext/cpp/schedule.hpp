@@ -38,7 +38,7 @@ class Schedule {
   ~Schedule();
 
   // --- callers ---
-  Status submit(std::shared_ptr<Batch> batch, std::uint64_t id,
+  Status submit(const std::shared_ptr<Batch>& batch, std::uint64_t id,
                 std::shared_ptr<CompletionQueue> queue, std::shared_ptr<const RetryPolicy> retry,
                 std::optional<Clock::time_point> deadline);
   // Ends a batch early; it completes as soon as no worker can touch its memory any more. False if
