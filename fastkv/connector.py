@@ -87,6 +87,7 @@ _LEAST_DELAY = 0.05
 
 # Modules whose frames have sockets that are being connected.
 _CONNECT = ("fastkv", "redis", "socket", "ssl")
+_MOST_LOOKS = 20  # at what is being connected, before a fork
 
 # What the engine tells of, for the log.
 _NOTICES = {
@@ -287,6 +288,10 @@ def _without_secrets(error: BaseException) -> str:
     return type(error).__name__
 
 
+def _is_plain(sock: socket.socket | TlsSocket) -> bool:
+    return type(sock) is socket.socket
+
+
 def _close_in_child(sock: socket.socket | TlsSocket) -> None:
     """The fork may have come when it was half made, or half closed."""
     try:
@@ -365,8 +370,16 @@ class Connector:
     def before_fork(self) -> None:
         """One of the next two must follow."""
         self._handing_over.acquire()
+        for _ in range(_MOST_LOOKS):
+            self._at_fork = self._sockets_on_their_way()
+            # One that the system has made, perhaps, and its thread not yet heard of.
+            if all(one.fileno() >= 0 for one in self._at_fork if _is_plain(one)):
+                break
+            time.sleep(0.0002)
+
+    def _sockets_on_their_way(self) -> list[socket.socket | TlsSocket]:
         if self._connecting is None:
-            return
+            return []
         found = list(vars(self._connecting).values())
         # redis-py keeps a socket that it is connecting in a local variable.
         frame = sys._current_frames().get(self._thread.ident or 0)
@@ -376,7 +389,7 @@ class Connector:
                 found += frame.f_locals.values()
             frame = frame.f_back
         # Not isinstance, which asks the objects.
-        self._at_fork += [
+        return [
             one for one in found if issubclass(type(one), (socket.socket, TlsSocket))
         ]
 
