@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
 import select
 import socket
 import sys
@@ -40,6 +41,7 @@ from fastkv._version import __version__
 from fastkv.awaited import AwaitedCredentials, AwaitedSentinel, FindLoop
 from fastkv.errors import UnsupportedConnection, error_of_reply
 from fastkv.log import Limited, connections
+from fastkv.shielded import started
 from fastkv.tls import TlsSocket, check_tls, native_tls_class
 
 SyncPool: TypeAlias = redis.connection.ConnectionPool
@@ -82,6 +84,10 @@ _MOST_DELAYS = 64
 # A connection that fails while others work is asked for again at this pace at most.
 _LEAST_DELAY = 0.05
 
+
+# Modules whose frames have sockets that are being connected.
+_CONNECT = ("fastkv", "redis", "socket", "ssl")
+_MOST_LOOKS = 20  # at what is being connected, before a fork
 
 # What the engine tells of, for the log.
 _NOTICES = {
@@ -282,6 +288,23 @@ def _without_secrets(error: BaseException) -> str:
     return type(error).__name__
 
 
+def _is_plain(sock: socket.socket | TlsSocket) -> bool:
+    return type(sock) is socket.socket
+
+
+def _close_in_child(sock: socket.socket | TlsSocket) -> None:
+    """The fork may have come when it was half made, or half closed."""
+    try:
+        if isinstance(sock, TlsSocket):
+            stream, sock = getattr(sock, "_stream", None), sock._sock
+            if stream is not None:
+                stream.close()
+        # So that its own close, if one comes, does not hit somebody else's descriptor.
+        os.close(socket.socket.detach(sock))
+    except (AttributeError, OSError):
+        pass  # it has none
+
+
 class _Attempt:
     """A connection that the engine asked for."""
 
@@ -318,18 +341,19 @@ class Connector:
         self._connecting: Any = None  # the Connection at work, for close()
         # Held while a connected socket is handed over, and across fork, which finds it
         # either with the Connection or with the engine.
-        self._handing_over = threading.Lock()
-        self._at_fork: list[Any] = []  # sockets on their way
-        self._thread = threading.Thread(
-            target=self._serve, name="fastkv-connector", daemon=True
-        )
-        self._thread.start()
+        # It knows its owner, whatever a signal handler's exception has cut short.
+        self._handing_over = threading.RLock()
+        self._at_fork: list[socket.socket | TlsSocket] = []  # on their way
+        self._pid = os.getpid()
+        self._thread = started(self._serve, "fastkv-connector")
 
     def close(self, timeout: float) -> None:
         """Stop, after the engine was closed. A connect to an address that does not
         answer cannot be interrupted: such a thread ends by itself, later. May be called
         again.
         """
+        if self._pid != os.getpid():
+            return  # a fork in C: the parent goes on with what it was connecting
         self._closing = True
         self._engine.wake_connector()
         connection = self._connecting
@@ -346,30 +370,40 @@ class Connector:
     def before_fork(self) -> None:
         """One of the next two must follow."""
         self._handing_over.acquire()
+        for _ in range(_MOST_LOOKS):
+            self._at_fork = self._sockets_on_their_way()
+            # One that the system has made, perhaps, and its thread not yet heard of.
+            if all(one.fileno() >= 0 for one in self._at_fork if _is_plain(one)):
+                break
+            time.sleep(0.0002)
+
+    def _sockets_on_their_way(self) -> list[socket.socket | TlsSocket]:
         if self._connecting is None:
-            return
+            return []
+        found = list(vars(self._connecting).values())
         # redis-py keeps a socket that it is connecting in a local variable.
         frame = sys._current_frames().get(self._thread.ident or 0)
         while frame is not None:
-            self._at_fork += [
-                value
-                for value in frame.f_locals.values()
-                if isinstance(value, (socket.socket, TlsSocket))
-            ]
+            # Those of a user's hook may be the application's.
+            if str(frame.f_globals.get("__name__")).partition(".")[0] in _CONNECT:
+                found += frame.f_locals.values()
             frame = frame.f_back
-        self._at_fork.append(getattr(self._connecting, "_sock", None))
+        # Not isinstance, which asks the objects.
+        return [
+            one for one in found if issubclass(type(one), (socket.socket, TlsSocket))
+        ]
 
     def after_fork_in_parent(self) -> None:
-        """Go on."""
+        """Go on. May be called again."""
         self._at_fork.clear()
-        self._handing_over.release()
+        if self._handing_over._is_owned():  # type: ignore[attr-defined]
+            self._handing_over.release()
 
     def after_fork_in_child(self) -> None:
         """Give the descriptors back; the parent goes on with what it was connecting."""
         self._closing = True
         for sock in self._at_fork:
-            if sock is not None:
-                sock.close()
+            _close_in_child(sock)
         self._at_fork.clear()
 
     def _serve(self) -> None:
@@ -417,11 +451,14 @@ class Connector:
             # Who closes us may not know yet: a garbage collection takes its time
             # between the pool and the client.
             raise ConnectionError("The connection pool is gone.")
-        retry = retry_of(pool)
-        for attempt in [a for a in self._attempts if a.due <= now]:
-            self._try(pool, attempt, retry)
-            if self._closing:
-                return
+        try:
+            retry = retry_of(pool)
+            for attempt in [a for a in self._attempts if a.due <= now]:
+                self._try(pool, attempt, retry)
+                if self._closing:
+                    return
+        finally:
+            del pool  # the traceback of `error` holds this frame
 
     def _try(self, pool: Pool, attempt: _Attempt, retry: AbstractRetry[Any]) -> None:
         """Make one attempt."""
@@ -469,6 +506,7 @@ class Connector:
             return
         finally:
             self._connecting = None
+            del pool  # the traceback of `error` holds this frame
         self._attempts.remove(attempt)
         if self._failing:
             self._failing = False

@@ -40,7 +40,7 @@ from fastkv.connector import (
 from fastkv.errors import error_of_code
 from fastkv.log import logger
 from fastkv.options import TileOptions
-from fastkv.shielded import Condition, shielded
+from fastkv.shielded import Condition, shielded, started
 
 # Requests that a connection may have in flight: enough to hide a round trip of lookups.
 _WINDOW_REQUESTS = 1024
@@ -82,6 +82,7 @@ class TileFuture(Future[list[bool]]):
                 self.set_result(result)
         finally:
             self._finish = self._cancel = _nothing  # they held the node, and the client
+            del self  # the traceback of the error holds this frame
 
     def _forked(self) -> None:
         # The thread that held the old one, if any, does not exist here. Nor do the
@@ -341,12 +342,14 @@ class Node:
         self._engine.close_fds()
 
     def before_fork(self) -> None:
-        """One of the next two must follow."""
+        """One of the next two must follow, also if a signal handler's exception cuts
+        this short.
+        """
         self._connector.before_fork()
         self._engine.before_fork()
 
     def after_fork_in_parent(self) -> None:
-        """Go on."""
+        """Go on. May be called again."""
         self._engine.after_fork_in_parent()
         self._connector.after_fork_in_parent()
 
@@ -512,10 +515,7 @@ class _FutureThread:
         self.drained: list[Batch] = []  # and not resolved yet
         self._engine = engine
         self._closing = False
-        self._thread = threading.Thread(
-            target=self._serve, name="fastkv-futures", daemon=True
-        )
-        self._thread.start()
+        self._thread = started(self._serve, "fastkv-futures")
 
     def close(self, timeout: float) -> None:
         """Complete what is left, after the engine was closed."""

@@ -9,10 +9,11 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from fastkv._core import Stats
+from fastkv._core import Stats, after_fork_in_parent
 from fastkv.connector import Pool, address_of
 from fastkv.info import TileInfo, cluster_info, node_info
 from fastkv.log import logger
@@ -160,6 +161,8 @@ def _watch(pool: Pool, node: Node) -> None:
             if watcher is not None:
                 # At the next connect the credential provider is asked again.
                 watcher.retire_connections()
+            if watched_pool is None:
+                return None  # a garbage collection has come so far
             return getattr(type(watched_pool), name)(watched_pool, *args, **kwargs)
 
         return call
@@ -178,30 +181,25 @@ def _unwatch(pool: Pool) -> None:
 
 # --- fork and exit -------------------------------------------------------------------
 
-_fork_lock = threading.Lock()  # two threads may fork at once
+# Two threads may fork at once. It knows its owner: where an exception of a signal
+# handler's comes is not known, and the fork goes on in spite of it.
+_fork_lock = threading.RLock()
 _forking: list[Node] = []
 
 
 def _before_fork() -> None:
     _fork_lock.acquire()
-    _forking[:] = _alive
-    for node in _forking:
+    for node in list(_alive):
+        _forking.append(node)
         node.before_fork()
 
 
-def _after_fork_in_parent() -> None:
-    for node in _forking:
-        node.after_fork_in_parent()
-    _forking.clear()
-    _fork_lock.release()
-
-
 def _after_fork_in_child() -> None:
-    global _fork_lock, _lock, _pid
-    _pid = os.getpid()
+    global _lock, _pid
     # Whoever held them does not exist here.
-    _fork_lock = threading.Lock()
+    _fork_lock._at_fork_reinit()  # type: ignore[attr-defined]
     _lock = threading.RLock()
+    _pid = os.getpid()
     _forking.clear()
     pools = list(_nodes)
     _nodes.clear()
@@ -211,8 +209,9 @@ def _after_fork_in_child() -> None:
     # Not only those of _before_fork: a fork in C does not call that.
     nodes = list(_alive)
     _alive.clear()
-    for node in nodes:
-        node.after_fork_in_child()
+    with ExitStack() as each:  # though one raises
+        for node in nodes:
+            each.callback(node.after_fork_in_child)
 
 
 def _check_fork() -> None:
@@ -231,6 +230,6 @@ def _close_all() -> None:
 atexit.register(_close_all)
 os.register_at_fork(
     before=_before_fork,
-    after_in_parent=_after_fork_in_parent,
+    after_in_parent=partial(after_fork_in_parent, _forking, _fork_lock),
     after_in_child=_after_fork_in_child,
 )

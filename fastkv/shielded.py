@@ -6,6 +6,7 @@ Handlers run on the main thread, between any two steps, and may raise there.
 from __future__ import annotations
 
 import _thread
+import sys
 import threading
 from collections.abc import Callable
 from operator import attrgetter
@@ -24,11 +25,25 @@ class Condition(threading.Condition):
     __exit__ = property(attrgetter("_lock.__exit__"))
 
 
+def started(run: Callable[[], None], name: str) -> threading.Thread:
+    """A thread that does not keep the process alive.
+
+    Raises:
+        RuntimeError: The interpreter ends. (Python before 3.12 would wait for ever.)
+    """
+    if sys.is_finalizing():
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
 def shielded(work: Callable[[], _Result]) -> _Result:
     """Return or raise what ``work`` does. If this is interrupted, ``work`` has not
     begun, or goes on to its end without us.
     """
-    if threading.get_ident() != threading.main_thread().ident:
+    # When the interpreter ends, Python before 3.12 makes threads that never run.
+    if sys.is_finalizing() or threading.get_ident() != threading.main_thread().ident:
         return work()
     results: list[_Result] = []
     errors: list[BaseException] = []

@@ -201,6 +201,7 @@ cdef class Batch:
     cdef readonly object keys
     cdef public object waiter
     cdef readonly Batch whole
+    cdef CompletionQueue queue  # while in flight
     cdef bint in_flight
     cdef Py_ssize_t parts_in_flight
     cdef bint ended
@@ -561,6 +562,10 @@ cdef class TlsStream:
     """
 
     cdef unique_ptr[CppTlsStream] cpp
+    cdef pid_t pid
+
+    def __cinit__(self):
+        self.pid = getpid()
 
     def __init__(
         self,
@@ -611,7 +616,7 @@ cdef class TlsStream:
             PyBytes_AS_STRING(password), PyBytes_GET_SIZE(password)
         )
         with nogil:
-            self.cpp = make_tls_stream(duplicate(fd), settings)
+            self.cpp = make_tls_stream(fd, settings)
 
     def __dealloc__(self):
         self.close()
@@ -649,7 +654,11 @@ cdef class TlsStream:
         too. Idempotent."""
         if self.cpp.get() != NULL:
             self.cpp.get().close_after_fork()
-            self.cpp.reset()
+            if self.pid == getpid():
+                self.cpp.reset()
+            else:
+                # Its thread, which does not exist here, may have been in the middle of anything.
+                self.cpp.release()
 
     cdef _check_open(self):
         if self.cpp.get() == NULL:
@@ -760,6 +769,7 @@ cdef class Engine:
 
     cdef CppEngine* cpp
     cdef dict in_flight
+    cdef bint held_for_fork
     cdef pid_t pid  # a fork in C tells nobody
 
     def __cinit__(
@@ -776,6 +786,7 @@ cdef class Engine:
         window.requests = window_requests
         window.range_bytes = range_bytes
         self.in_flight = {}
+        self.held_for_fork = False
         self.pid = getpid()
         self.cpp = new CppEngine(workers, connections, window, stats.cpp)
 
@@ -811,6 +822,7 @@ cdef class Engine:
             raise RuntimeError("the memory of the batch is not pinned any more")
         self.in_flight[batch.id] = batch
         queue.in_flight += 1
+        batch.queue = queue
         batch.in_flight = True
         if batch.whole is not None:
             batch.whole.parts_in_flight += 1
@@ -830,6 +842,7 @@ cdef class Engine:
         # Not, or not any more, in flight.
         del self.in_flight[batch.id]
         queue.in_flight -= 1
+        batch.queue = None
         batch.in_flight = False
         if batch.whole is not None:
             batch.whole._part_drained()
@@ -996,19 +1009,25 @@ cdef class Engine:
 
     def before_fork(self):
         """Bring the list of descriptors in order; one of the next two must follow."""
+        if self.held_for_fork:
+            return  # a signal handler forks while its thread does
         with nogil:
             self.cpp.before_fork()
+        self.held_for_fork = True
 
     def after_fork_in_parent(self):
-        """Go on."""
-        self.cpp.after_fork_in_parent()
+        """Go on, if `before_fork` came so far."""
+        if self.held_for_fork:
+            self.held_for_fork = False
+            self.cpp.after_fork_in_parent()
 
     def after_fork_in_child(self):
         """Give back the parent's descriptors. The engine must not be used any more.
 
         Returns:
             The batches in flight at the fork. They will not complete here, and no thread
-            could touch their memory: the pins are released.
+            could touch their memory: the pins are released. Whoever waits for one, because a
+            signal handler has forked meanwhile, finds its queue closed.
         """
         cdef Batch batch
         self.cpp.close_fds_after_fork()
@@ -1016,10 +1035,32 @@ cdef class Engine:
         self.in_flight.clear()
         for batch in batches:
             batch.in_flight = False
+            if batch.queue is not None:
+                batch.queue.close_after_fork()
+                batch.queue = None
             batch._release()
             if batch.whole is not None:
                 batch.whole._part_drained()
         return batches
+
+
+def after_fork_in_parent(list nodes, lock):
+    """Tell all nodes that the fork is over, and release the RLock, if it is this thread's. Here,
+    because no signal handler can come between two steps; one that comes in a node is raised in
+    the end, and the node told again."""
+    error = None
+    if not lock._is_owned():
+        return
+    while nodes:
+        try:
+            nodes[len(nodes) - 1].after_fork_in_parent()
+        except BaseException as raised:
+            error = raised
+        else:
+            nodes.pop()
+    lock.release()
+    if error is not None:
+        raise error
 
 
 def run_all(parts, double timeout):

@@ -237,7 +237,7 @@ cdef extern from "tls.hpp" namespace "fastkv" nogil:
         void close_after_fork() noexcept
 
     cpp_bool cpp_has_tls "fastkv::has_tls"() noexcept
-    unique_ptr[CppTlsStream] make_tls_stream(UniqueFd, const CppTlsSettings&) except +
+    unique_ptr[CppTlsStream] make_tls_stream(int, const CppTlsSettings&) except +
 
 
 cdef extern from "schedule.hpp" namespace "fastkv" nogil:

@@ -34,6 +34,16 @@ void Inbox::close() noexcept {
   letter_.messages.clear();
 }
 
+void Inbox::close_after_fork() noexcept {
+  event_.close();
+  if (!mutex_.try_lock()) return;  // somebody was in the middle of changing the letter
+  for (Message& message : letter_.messages) {
+    auto* const adopt = std::get_if<Adopt>(&message);
+    if (adopt && adopt->stream) adopt->stream->close_after_fork();
+  }
+  mutex_.unlock();
+}
+
 Inbox::Letter Inbox::take() noexcept {
   event_.clear();
   std::lock_guard lock(mutex_);

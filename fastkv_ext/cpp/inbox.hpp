@@ -65,7 +65,7 @@ class Inbox {
   // to a descriptor that is somebody else's by then.
   void close() noexcept;
   // In a child, where a thread that holds the mutex does not exist.
-  void close_after_fork() noexcept { event_.close(); }
+  void close_after_fork() noexcept;
 
  private:
   EventFd event_;  // signalled and closed under mutex_

@@ -23,6 +23,8 @@
 #include <string_view>
 #include <utility>
 
+#include "fd.hpp"
+
 namespace fastkv {
 namespace {
 
@@ -142,16 +144,16 @@ Context make_context(const TlsSettings& settings) {
 
 class OpenSslStream final : public TlsStream {
  public:
-  OpenSslStream(UniqueFd socket, const TlsSettings& settings)
-      : socket_(std::move(socket)),
-        server_name_(settings.server_name),
-        record_(std::make_unique<std::byte[]>(kRecordBytes)) {
+  OpenSslStream(int socket, const TlsSettings& settings)
+      : server_name_(settings.server_name), record_(std::make_unique<std::byte[]>(kRecordBytes)) {
     ERR_clear_error();
-    make_non_blocking(socket_.get());
+    make_non_blocking(socket);
     ssl_.reset(SSL_new(make_context(settings).get()));  // which it shares
     require(ssl_ != nullptr, "SSL_new");
-    require(SSL_set_fd(ssl_.get(), socket_.get()) == 1, "SSL_set_fd");
     name_server(settings.check_server_name);
+    // Last: a fork meanwhile, which does not know of us yet, would leave it to the child.
+    socket_ = duplicate(socket);
+    require(SSL_set_fd(ssl_.get(), socket_.get()) == 1, "SSL_set_fd");
   }
   // No close_notify: a reply says its length, and its server should not wait for a goodbye.
   ~OpenSslStream() override {
@@ -324,8 +326,8 @@ bool has_tls() noexcept {
   return true;
 }
 
-std::unique_ptr<TlsStream> make_tls_stream(UniqueFd socket, const TlsSettings& settings) {
-  return std::make_unique<OpenSslStream>(std::move(socket), settings);
+std::unique_ptr<TlsStream> make_tls_stream(int socket, const TlsSettings& settings) {
+  return std::make_unique<OpenSslStream>(socket, settings);
 }
 
 }  // namespace fastkv

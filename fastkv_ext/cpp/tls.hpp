@@ -7,7 +7,6 @@
 #include <string>
 #include <string_view>
 
-#include "fd.hpp"
 #include "stream.hpp"
 
 namespace fastkv {
@@ -45,7 +44,8 @@ class TlsStream : public Stream {
 
 bool has_tls() noexcept;
 
-// Takes over a connected socket. Throws std::runtime_error if OpenSSL does not take the settings.
-std::unique_ptr<TlsStream> make_tls_stream(UniqueFd socket, const TlsSettings& settings);
+// Over a duplicate of a connected socket. Throws std::runtime_error if OpenSSL does not take the
+// settings.
+std::unique_ptr<TlsStream> make_tls_stream(int socket, const TlsSettings& settings);
 
 }  // namespace fastkv

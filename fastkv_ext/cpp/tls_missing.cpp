@@ -9,7 +9,7 @@ bool has_tls() noexcept {
   return false;
 }
 
-std::unique_ptr<TlsStream> make_tls_stream(UniqueFd /*socket*/, const TlsSettings& /*settings*/) {
+std::unique_ptr<TlsStream> make_tls_stream(int /*socket*/, const TlsSettings& /*settings*/) {
   throw std::runtime_error("fastkv was built without OpenSSL");
 }
 

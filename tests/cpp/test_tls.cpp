@@ -107,7 +107,7 @@ void wait(const TlsStream& stream, short usual) {
 }
 
 std::unique_ptr<TlsStream> connect(UniqueFd socket, const TlsSettings& how = settings()) {
-  auto stream = make_tls_stream(std::move(socket), how);
+  auto stream = make_tls_stream(socket.get(), how);
   for (;;) {
     const auto moved = stream->handshake();
     if (!moved.status.ok()) throw std::runtime_error(moved.status.detail);

@@ -16,6 +16,7 @@ import random
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -323,6 +324,35 @@ def test_a_batch_that_is_complete_and_not_drained_can_be_cancelled_or_closed() -
             assert eventually(lambda memory=memory: resizable(memory))
             assert memory == value
             client.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*[Uu]nclosed.*:ResourceWarning")
+def test_a_failed_future_and_a_failed_connect_keep_nothing_alive() -> None:
+    """Not until the next garbage collection, nor for ever."""
+    with ModelServer(1) as server:
+        server.data[b"v"] = os.urandom(9)
+        gc.disable()
+        try:
+            client: Any = fastkv.Redis(port=server.port)
+            future = client.submit_batch_tile_get(["v"], [bytearray(8)])
+            assert isinstance(future.exception(30), RedisError)
+            seen = weakref.ref(client), weakref.ref(future)
+            del client, future
+            assert eventually(lambda: [one() for one in seen] == [None, None])
+        finally:
+            gc.enable()
+
+        async def main() -> Any:
+            client = fastkv.asyncio.Redis(port=1)
+            client.connection_pool.connection_kwargs["retry"] = None
+            with pytest.raises(ConnectionError):
+                await client.batch_tile_exists(["v"])
+            client.connection_pool.connection_kwargs["port"] = server.port
+            assert await client.batch_tile_exists(["v"]) == [True]
+            return weakref.ref(client.connection_pool)
+
+        pool = asyncio.run(main())
+        assert eventually(lambda: gc.collect() >= 0 and pool() is None)
 
 
 # --- shared buffers ------------------------------------------------------------------

@@ -18,6 +18,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from tests.conftest import Endpoint, eventually, fastkv_threads, open_fds
 from tests.faults.conftest import LONG
 from tests.faults.held import STAGES, HeldServer
 from tests.faults.native import loaded
-from tests.faults.test_callers import Held, resizable
+from tests.faults.test_callers import Held, Interrupted, resizable
 from tests.scripted import ModelServer, SilentPeer
 
 # A library that forks asks nobody before. Then its child tells Python, or has nothing
@@ -315,6 +316,185 @@ def test_a_socket_that_waits_for_an_answer_to_connect_is_not_inherited() -> None
             assert eventually(lambda: not fastkv_threads())
 
 
+def test_a_socket_that_is_half_made_is_no_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And that of a user's hook is left to the child."""
+    inside, go_on = threading.Event(), threading.Event()
+    ours, theirs = socket.socketpair()
+
+    def hold() -> None:
+        if "connector" in threading.current_thread().name:
+            inside.set()
+            go_on.wait(30)
+
+    def hook(connection: Any) -> None:
+        sock = ours  # a local
+        hold()
+        del sock
+        connection.on_connect()
+
+    # As a frame of the module `socket`.
+    scope: Any = {"hold": hold, "made": socket.socket.__init__, "__name__": "socket"}
+    exec("def init(self, *a, **k): hold(); made(self, *a, **k)", scope)
+    with ModelServer(1) as server, ours, theirs:
+        others = [fastkv.Redis(port=server.port, tile_workers=1) for _ in range(3)]
+        for other in others:
+            assert other.batch_tile_exists(["v"]) == [False]
+        for where in ("socket", "hook"):
+            inside.clear()
+            go_on.clear()
+            client: Any = fastkv.Redis(
+                port=server.port,
+                tile_connections=1,
+                **({"redis_connect_func": hook} if where == "hook" else {}),
+            )
+            with monkeypatch.context() as patch:
+                if where == "socket":
+                    patch.setattr(socket.socket, "__init__", scope["init"])
+                future = client.submit_batch_tile_exists(["v"])
+                assert inside.wait(30)
+
+                def work(future: Any = future, where: str = where) -> None:
+                    with pytest.raises(ConnectionError, match="before a fork"):
+                        future.result(0)
+                    assert not [fd for fd in open_fds().values() if "event" in fd]
+                    if where == "hook":
+                        assert ours.send(b"x") == 1
+
+                child = Child(work)
+                child.go_on()
+                child.end()
+                go_on.set()
+                assert future.result(30) == [False]
+            client.close()
+        for other in others:
+            other.close()
+
+
+def test_a_tls_connection_that_is_being_made_is_left_to_the_parent() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        client = fastkv.Redis(
+            port=deaf.getsockname()[1],
+            ssl=True,
+            ssl_cert_reqs="none",
+            ssl_check_hostname=False,
+            tile_connections=1,
+        )
+        before = sockets()
+        future = client.submit_batch_tile_exists(["v"])
+        peer, _ = deaf.accept()
+        with peer:
+            assert peer.recv(1) == b"\x16"  # the handshake has begun
+            server_side = {os.readlink(f"/proc/self/fd/{peer.fileno()}")}
+            made = sockets() - before - server_side
+            assert made
+
+            def work() -> None:
+                assert not made & sockets()
+                client.close()
+
+            child = Child(work)
+            child.go_on()
+            child.end()
+            assert not future.done()
+            client.close()
+            assert isinstance(future.exception(30), ConnectionError)
+
+
+def test_an_interrupt_at_any_line_of_a_fork_leaves_the_parent_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    home = os.path.dirname(fastkv.__file__)
+    left = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(home):
+            return None
+        if event in ("call", "line"):
+            left -= 1
+            if left == 0:
+                raise Interrupted
+        return trace
+
+    raised: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    with ModelServer(1) as server:
+        clients = [fastkv.Redis(port=server.port, tile_workers=1) for _ in range(2)]
+        at = 0
+        while left <= 0:
+            at += 1
+            left = at
+            sys.settrace(trace)
+            pid = os.fork()
+            sys.settrace(None)
+            if pid == 0:
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            for client in clients:
+                # Makes a connection, too.
+                client.connection_pool.disconnect()
+                assert client.batch_tile_exists(["v"], timeout=30) == [False]
+        for client in clients:
+            client.close()
+    assert len(raised) == at - 1 > 20
+
+
+@pytest.mark.parametrize("timeout", [None, 30])
+def test_a_signal_handler_forks_during_a_call(timeout: float | None) -> None:
+    children: list[int] = []
+
+    def fork(number: int, frame: FrameType | None) -> None:
+        children.append(os.fork())
+        if children[-1] == 0:
+            signal.alarm(30)
+
+    handler = signal.signal(signal.SIGUSR1, fork)
+    try:
+        with HeldServer(1, "asked") as server:
+            server.data[b"v"] = value = os.urandom(100)
+            got = bytearray(100)
+            client = fastkv.Redis(port=server.port, tile_connections=1)
+            main = threading.main_thread().ident or 0
+
+            def meanwhile() -> None:
+                assert server.reached.wait(30)
+                signal.pthread_kill(main, signal.SIGUSR1)
+                assert eventually(lambda: bool(children))
+                server.go_on.set()
+
+            thread = threading.Thread(target=meanwhile)
+            thread.start()
+            try:
+                hits = client.batch_tile_get(["v"], [got], timeout=timeout)
+            except OSError as error:
+                os._exit("a fork" in str(error) and got == bytes(100))
+            finally:
+                if children[-1] == 0:
+                    os._exit(2)
+            thread.join()
+            assert (hits, got) == ([True], value)
+            assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 1
+            client.close()
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+
+
+def test_a_child_of_a_fork_in_c_closes_without_ending_what_the_parent_makes() -> None:
+    with HeldServer(1, "connecting") as server:
+        client = fastkv.Redis(port=server.port, tile_connections=1)
+        future = client.submit_batch_tile_exists(["v"])
+        assert server.reached.wait(30)
+        child = FORKS["C"](client.close)
+        child.go_on()
+        server.go_on.set()
+        assert future.result(30) == [False]
+        assert server.connections == 1
+        child.end()
+        client.close()
+
+
 def test_forks_at_random_moments_of_everything(endpoint: Endpoint) -> None:
     """Creation, calls, losses and closes of clients, while another thread forks."""
     seed = random.getrandbits(32)
@@ -441,6 +621,17 @@ ENDINGS = {
     "atexit close": "atexit.register(client.close); started()",
     "callback": "client.submit_batch_tile_get(['v'], [memory])"
     ".add_done_callback(lambda f: client.close())",
+    "finalizer": """
+started()
+class Last:
+    def __del__(self, client=client):
+        try:
+            client.close()
+            client.submit_batch_tile_exists(["v"])
+        except RuntimeError as error:
+            assert "shutdown" in str(error)
+last = Last()
+""",
     "module global": "sys.modules['sys'].kept = client, memory; started()",
 }
 
