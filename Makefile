@@ -114,7 +114,8 @@ test-cpp: $(BIN)/python
 	  $(BUILD)/replay_$$target tests/fuzz/corpus/$$target || exit 1; done
 
 # The extension is built beside the usual one, and its runtime must come before all others. Left out
-# are tests that measure memory or time, and one without descriptors: the sanitizer needs them, too.
+# are tests that measure memory or time, those without memory or descriptors, which the sanitizer
+# needs, too, and those of benchmarks: it would find leaks in the compiler that they call.
 ASAN_TESTS := not memory_is_flat and not takes_milliseconds and not out_of_descriptors and not no_descriptors and not each_allocation
 asan: $(BIN)/.test
 	@$(MAKE) test-cpp SANITIZE=address,undefined
@@ -122,7 +123,8 @@ asan: $(BIN)/.test
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	LSAN_OPTIONS=suppressions=$(CURDIR)/tests/python.supp:print_suppressions=0 ASAN_OPTIONS=malloc_context_size=2 \
 	PYTHONMALLOC=malloc PYTHONSAFEPATH=1 PYTHONPATH=build/asan/lib \
-	  $(BIN)/python -m pytest --import-mode=append -k '$(ASAN_TESTS)' $(TESTS)
+	  $(BIN)/python -m pytest --import-mode=append -k '$(ASAN_TESTS)' \
+	  --ignore tests/integration/test_bench.py $(TESTS)
 
 tsan: $(BIN)/python
 	@$(MAKE) test-cpp SANITIZE=thread

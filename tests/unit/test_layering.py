@@ -46,7 +46,7 @@ PYTHON = {
     "tls": {"_core", "errors"},
     "awaited": set(),
     "log": set(),
-    "connector": {"_core", "_version", "awaited", "errors", "log", "tls"},
+    "connector": {"_core", "_version", "awaited", "errors", "log", "shielded", "tls"},
     "options": set(),
     "shielded": set(),
     "telemetry": {"_core", "connector"},
