@@ -242,7 +242,7 @@ check()
 for close in (True, False):
     pid = ctypes.PyDLL(None).fork()  # keeps the GIL
     if pid == 0:
-        signal.alarm(10)
+        signal.alarm(4)
         check()
         if close:
             client.close()
@@ -254,7 +254,7 @@ for close in (True, False):
         server.data[b"v"] = bytes(range(250)) * 12
         # Now and then Python itself hangs in such a child, if another thread waited for
         # the GIL; with ours at fault it would each time.
-        for _ in range(3):
+        for _ in range(6):
             done = subprocess.run(
                 [sys.executable, "-c", code, str(server.port)],
                 capture_output=True,
