@@ -339,6 +339,7 @@ class Connector:
         self._closing = False
         self._attempts: list[_Attempt] = []  # the connector's thread only
         self._connecting: Any = None  # the Connection at work, for close()
+        self._newest = 0  # batch that may be told of a failure of this turn
         # Held while a connected socket is handed over, and across fork, which finds it
         # either with the Connection or with the engine.
         # It knows its owner, whatever a signal handler's exception has cut short.
@@ -410,18 +411,17 @@ class Connector:
         poll = select.poll()
         poll.register(self._engine.connect_event(), select.POLLIN)
         failure: BaseException | None = None
-        newest = 0
         while not self._closing:
             try:
                 if failure is not None:
-                    self._give_up(newest, failure)
+                    self._give_up(self._newest, failure)
                     failure = None  # it keeps the pool alive
                 self._turn(poll)
             except BaseException as error:
                 # A hook of the user's, whatever it raises; or there is no memory.
                 # Nobody may wait for ever, and who comes later may have more luck.
                 if failure is None:
-                    failure, newest = error, self._engine.newest_batch()
+                    failure = error
                 else:
                     time.sleep(_LEAST_DELAY)  # it cannot even be told
                 self._engine.wake_connector()  # what it stood for is still to be done
@@ -431,6 +431,8 @@ class Connector:
         next_due = min((attempt.due for attempt in self._attempts), default=None)
         if next_due is None or next_due > now:
             poll.poll(None if next_due is None else (next_due - now) * 1000 + 1)
+        # Who comes later is served by a turn of their own.
+        self._newest = self._engine.newest_batch()
         # Clears the event, so it comes before the look at _closing.
         now = time.monotonic()
         while True:

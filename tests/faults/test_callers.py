@@ -517,6 +517,29 @@ def test_a_hook_of_the_connection_that_raises_is_an_error_and_then_it_works(
         logging.getLogger("fastkv").removeHandler(handler)
 
 
+def test_a_failure_of_the_connector_is_no_matter_of_who_comes_after_it() -> None:
+    with ModelServer(1) as server, fastkv.Redis(port=server.port) as client:
+        assert client.batch_tile_exists(["v"]) == [False]
+        node: Any = client._tile_node
+        failing, go_on = threading.Event(), threading.Event()
+        before = node._connector._check_used
+
+        def check_used() -> None:
+            node._connector._check_used = before
+            failing.set()
+            assert go_on.wait(30)
+            raise MemoryError
+
+        node._connector._check_used = check_used
+        client.connection_pool.disconnect()
+        first = client.submit_batch_tile_exists(["v"])
+        assert failing.wait(30)
+        later = client.submit_batch_tile_exists(["v"])
+        go_on.set()
+        assert isinstance(first.exception(30), (ConnectionError, type(None)))
+        assert later.result(30) == [False]
+
+
 class OddKey(float):
     """redis-py's encoder asks a number for its repr."""
 

@@ -156,11 +156,18 @@ struct Work {
   void fill(char with) {
     for (const Segment& segment : segments) std::memset(segment.data, with, segment.size);
   }
-  bool only(char byte) const { return text().find_first_not_of(byte) == std::string::npos; }
+  bool only(char byte) const {
+    return std::all_of(segments.begin(), segments.end(), [byte](const Segment& segment) {
+      const auto* const data = reinterpret_cast<const char*>(segment.data);
+      // Each byte is as the one before it.
+      return segment.size == 0 ||
+             (data[0] == byte && std::memcmp(data, data + 1, segment.size - 1) == 0);
+    });
+  }
   bool guarded() const {
+    static const std::string kWhole(kGuard, kGuardByte);
     return std::all_of(memory.begin(), memory.end(), [](const std::string& part) {
-      const auto outside = part.substr(0, kGuard) + part.substr(part.size() - kGuard);
-      return outside.find_first_not_of(kGuardByte) == std::string::npos;
+      return part.starts_with(kWhole) && part.ends_with(kWhole);
     });
   }
 };
