@@ -229,8 +229,8 @@ def test_a_child_keeps_no_connection_of_the_parents_alive(in_c: bool, end: str) 
 
 
 def test_a_fork_that_nobody_was_told_of_is_noticed() -> None:
-    """Python survives such a fork only if no other thread waits for the GIL: the C library
-    lets a condition variable that somebody waited for at the fork hang in the child.
+    """Python survives such a fork only if no other thread waits for the GIL: in the C
+    library, a condition that somebody waited for at the fork hangs in the child.
     """
     code = """
 import ctypes, os, signal, sys, threading
