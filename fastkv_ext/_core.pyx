@@ -8,6 +8,7 @@ from submit until its completion is drained, whatever the caller does with it me
 """
 import enum
 import os
+import sys
 
 cimport cython
 from core cimport *
@@ -42,6 +43,11 @@ cdef extern from "<poll.h>" nogil:
 cdef extern from "Python.h":
     const char* PyUnicode_AsUTF8AndSize(object, Py_ssize_t*) except NULL
     str PyUnicode_DecodeUTF8(const char*, Py_ssize_t, const char*)
+
+
+# Python turns the GIL on when it imports us, unless it was told not to.
+if not getattr(sys, "_is_gil_enabled", lambda: True)():
+    raise ImportError("fastkv needs the GIL, and PYTHON_GIL=0 or -X gil=0 keeps it off")
 
 
 # Nothing catches what Cython's own copies of C++ objects throw, its conversions of strings
@@ -1030,7 +1036,7 @@ cdef class Engine:
             signal handler has forked meanwhile, finds its queue closed.
         """
         cdef Batch batch
-        self.cpp.close_fds_after_fork()
+        self.cpp.close_fds_after_fork(self.held_for_fork)
         batches = list(self.in_flight.values())
         self.in_flight.clear()
         for batch in batches:

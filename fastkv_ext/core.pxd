@@ -279,4 +279,4 @@ cdef extern from "engine.hpp" namespace "fastkv" nogil:
         void connect_failed(uint32_t, uint64_t, string_view, double) except +
         void before_fork() except +
         void after_fork_in_parent() except +
-        void close_fds_after_fork() noexcept
+        void close_fds_after_fork(bint) noexcept

@@ -86,6 +86,7 @@ void Engine::adopt(std::uint32_t lane, std::unique_ptr<Stream> stream, double st
   if (closed_) return;
   schedule_.connected(lane);  // first, or the worker might lose it before
   try {
+    std::lock_guard fork_lock(schedule_.fork_mutex());
     schedule_.inbox_of_lane(lane).post(
         Adopt{lane, std::move(stream), to_duration(stall_seconds), to_duration(health_seconds)});
   } catch (...) {
@@ -99,9 +100,9 @@ void Engine::connect_failed(std::uint32_t lane, std::uint64_t newest, std::strin
   schedule_.connect_failed(lane, newest, {Code::connect_failed, why}, to_duration(delay_seconds));
 }
 
-void Engine::close_fds_after_fork() noexcept {
-  schedule_.close_fds_after_fork();
-  for (const auto& worker : workers_) worker->close_fds_after_fork();
+void Engine::close_fds_after_fork(bool in_order) noexcept {
+  schedule_.close_fds_after_fork(in_order);
+  for (const auto& worker : workers_) worker->close_fds_after_fork(in_order);
 }
 
 }  // namespace fastkv

@@ -57,10 +57,11 @@ class Engine {
   void connect_failed(std::uint32_t lane, std::uint64_t newest, std::string_view why,
                       double delay_seconds);
 
-  // fork() copies only the calling thread: the child may close its descriptors, no more.
+  // fork() copies only the calling thread: the child may close its descriptors, no more. In order:
+  // before_fork() was called, as it is not if nobody was told.
   void before_fork() { schedule_.fork_mutex().lock(); }
   void after_fork_in_parent() { schedule_.fork_mutex().unlock(); }
-  void close_fds_after_fork() noexcept;
+  void close_fds_after_fork(bool in_order) noexcept;
 
  private:
   Schedule schedule_;

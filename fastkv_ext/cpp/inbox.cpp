@@ -34,14 +34,19 @@ void Inbox::close() noexcept {
   letter_.messages.clear();
 }
 
-void Inbox::close_after_fork() noexcept {
+void Inbox::close_after_fork(bool in_order) noexcept {
   event_.close();
-  if (!mutex_.try_lock()) return;  // somebody was in the middle of changing the letter
-  for (Message& message : letter_.messages) {
+  if (in_order) return letter_.close_after_fork();
+  if (!mutex_.try_lock()) return;  // somebody was in the middle of changing the letter, perhaps
+  letter_.close_after_fork();
+  mutex_.unlock();
+}
+
+void Inbox::Letter::close_after_fork() noexcept {
+  for (Message& message : messages) {
     auto* const adopt = std::get_if<Adopt>(&message);
     if (adopt && adopt->stream) adopt->stream->close_after_fork();
   }
-  mutex_.unlock();
 }
 
 Inbox::Letter Inbox::take() noexcept {

@@ -47,7 +47,8 @@ class Inbox {
   std::atomic<bool> asleep{false};
   PrioritySet priorities = 0;  // what its lanes serve; immutable after start
 
-  void post(Message message);  // throws std::bad_alloc
+  // Under Schedule::fork_mutex. Throws std::bad_alloc.
+  void post(Message message);
   void abandon(const std::shared_ptr<Batch>& batch, std::size_t worker) noexcept;
   void stop() noexcept;
   void wake() noexcept;
@@ -57,6 +58,7 @@ class Inbox {
   struct Letter {
     std::vector<Message> messages;
     bool stop = false;
+    void close_after_fork() noexcept;
   };
   Letter take() noexcept;
   // Behind take(): the batches that were abandoned, one a call, null when there is none left.
@@ -64,8 +66,9 @@ class Inbox {
   // No wake-up afterwards. Under the mutex, because a caller that is late with one must not write
   // to a descriptor that is somebody else's by then.
   void close() noexcept;
-  // In a child, where a thread that holds the mutex does not exist.
-  void close_after_fork() noexcept;
+  // In a child, where a thread that holds the mutex does not exist. In order: the fork mutex was
+  // held.
+  void close_after_fork(bool in_order) noexcept;
 
  private:
   EventFd event_;  // signalled and closed under mutex_

@@ -247,6 +247,7 @@ void Schedule::connect_failed(std::uint32_t lane, std::uint64_t newest, const St
   }
   let_go(std::move(stranded));
   // With nobody else to serve it, a later batch wants to be told at once, as redis-py would.
+  std::lock_guard lock(fork_mutex_);
   inbox_of_lane(lane).post(ConnectFailed{lane, served ? delay : Clock::duration{}});
   // What is left may have waited for this lane while others slept.
   wake_sleepers(with_work(), 0, inboxes_.size());
@@ -588,8 +589,8 @@ void Schedule::close_fds() noexcept {
   connect_event_.close();
 }
 
-void Schedule::close_fds_after_fork() noexcept {
-  for (const auto& inbox : inboxes_) inbox->close_after_fork();
+void Schedule::close_fds_after_fork(bool in_order) noexcept {
+  for (const auto& inbox : inboxes_) inbox->close_after_fork(in_order);
   connect_event_.close();
 }
 

@@ -130,7 +130,7 @@ class Schedule {
   std::mutex& fork_mutex() noexcept { return fork_mutex_; }
   // When no worker runs any more.
   void close_fds() noexcept;
-  void close_fds_after_fork() noexcept;
+  void close_fds_after_fork(bool in_order) noexcept;
 
  private:
   void count_down(Batch& batch, std::size_t operations) noexcept;

@@ -84,6 +84,8 @@ void Worker::run() noexcept {
       if (lane->stream) lose(*lane, why, false);
     }
     flush_finished();
+    std::lock_guard lock(schedule_.fork_mutex());
+    letter_ = {};  // with connections that came too late
   };
   try {
     loop();
@@ -148,9 +150,12 @@ void Worker::loop() {
 // False: stop.
 bool Worker::handle_messages() {
   Inbox& inbox = schedule_.inbox(index_);
-  auto letter = inbox.take();
+  {
+    std::lock_guard lock(schedule_.fork_mutex());
+    letter_ = inbox.take();
+  }
   while (const auto batch = inbox.take_abandoned(index_)) abandon(*batch);
-  for (Message& message : letter.messages) {
+  for (Message& message : letter_.messages) {
     if (auto* adopted = std::get_if<Adopt>(&message)) {
       adopt(*lane_of(adopted->lane), std::move(*adopted));
     } else if (const auto* failed = std::get_if<ConnectFailed>(&message)) {
@@ -159,7 +164,7 @@ bool Worker::handle_messages() {
       lane.retry_at = now_ + failed->delay;
     }
   }
-  return !letter.stop;
+  return !letter_.stop;
 }
 
 void Worker::adopt(Lane& lane, Adopt&& message) {
@@ -552,8 +557,9 @@ Worker::Lane* Worker::lane_of(std::uint32_t number) noexcept {
   return it->get();
 }
 
-void Worker::close_fds_after_fork() noexcept {
+void Worker::close_fds_after_fork(bool in_order) noexcept {
   epoll_.reset();
+  if (in_order) letter_.close_after_fork();
   for (const auto& lane : lanes_) {
     if (lane->stream) lane->stream->close_after_fork();
   }

@@ -36,7 +36,7 @@ class Worker {
   void start();
   void join();
   // In a child after fork, where the thread does not exist.
-  void close_fds_after_fork() noexcept;
+  void close_fds_after_fork(bool in_order) noexcept;
 
  private:
   enum class State : std::uint8_t { absent, requested, connected };
@@ -93,6 +93,7 @@ class Worker {
   const Window window_;
   UniqueFd epoll_;
   std::thread thread_;
+  Inbox::Letter letter_;  // changes under Schedule::fork_mutex
 
   // worker thread only
   std::vector<std::unique_ptr<Lane>> lanes_;  // lookup lanes first

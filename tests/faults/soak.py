@@ -15,6 +15,7 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -392,12 +393,34 @@ class Faults:
 # --- the whole -----------------------------------------------------------------------
 
 
+class MallInfo(ctypes.Structure):
+    """mallinfo2(3)."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks "
+        "fordblks keepcost".split()
+    )
+
+
+def bytes_in_use() -> int:
+    """What malloc has given out: memory that is lost, apart from memory that is
+    scattered. Python's small objects stand in it in arenas.
+    """
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = MallInfo
+    got = mallinfo()
+    return int(got.uordblks + got.hblkhd)
+
+
 def sample(world: World) -> dict[str, float]:
     with open("/proc/self/statm") as statm:
         rss = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return {
         "seconds": time.monotonic() - world.began,
         "rss_bytes": rss,
+        "bytes_in_use": bytes_in_use(),
+        "python_blocks": sys.getallocatedblocks(),
         "fds": len(os.listdir("/proc/self/fd")),
         "threads": len(os.listdir("/proc/self/task")),
         "calls": sum(world.counts.values()),

@@ -757,3 +757,11 @@ if first:
     )
     refused = any(refusal in done.stdout for refusal in refusals)
     assert refused or (done.stdout == "used\n" and not first), done.stdout
+
+
+def test_an_interpreter_without_its_lock_is_refused_clearly() -> None:
+    """PYTHON_GIL=0 in a free-threaded build, seldom at hand; others turn it on for us."""
+    code = "import sys; sys._is_gil_enabled = lambda: False; import fastkv"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ImportError: fastkv needs the GIL" in done.stderr
