@@ -60,6 +60,7 @@ void Engine::close() {
   schedule_.close({Code::closed, {}});
   for (std::size_t i = 0; i < workers_.size(); ++i) schedule_.inbox(i).stop();
   for (const auto& worker : workers_) worker->join();
+  schedule_.wait_until_empty();  // somebody may be in the middle of a cancel
   schedule_.wake_connector();
 }
 

@@ -131,6 +131,11 @@ void Schedule::close(const Status& why) noexcept {
   let_go(std::move(abandoned));
 }
 
+void Schedule::wait_until_empty() {
+  std::unique_lock lock(mutex_);
+  emptied_.wait(lock, [this] { return accepted_.empty() && completing_ == 0; });
+}
+
 std::size_t Schedule::batches() const {
   std::lock_guard lock(mutex_);
   return accepted_.size();
@@ -148,7 +153,14 @@ Schedule::Gauges Schedule::gauges() const {
 void Schedule::enqueue_locked(Batch& batch, std::size_t operations) {
   const auto priority = static_cast<std::size_t>(batch.priority());
   if (batch.priority() == Priority::store && queued_[priority] == 0) stores_since_ = Clock::now();
-  if (!batch.queued_) queues_[priority].push_back(&batch);
+  if (!batch.queued_) {
+    // What comes back was here before: others would go before it each time that it fails.
+    if (batch.again_.empty()) {
+      queues_[priority].push_back(&batch);
+    } else {
+      queues_[priority].push_front(&batch);
+    }
+  }
   batch.queued_ = true;
   queued_[priority] += operations;
 }
@@ -476,6 +488,7 @@ void Schedule::finish(Batch& batch, std::size_t operations) noexcept {
 void Schedule::came_back(Priority priority, std::size_t operations) noexcept {
   if (priority != Priority::store) return;
   if (stores_out_.fetch_sub(operations) > operations) return;
+  stores_since_ = std::max(stores_since_.load(), Clock::now());  // the others have their turn
   // Whoever was refused one may sleep, and be the only one with room.
   if (has_work(priority_bit(Priority::store))) {
     wake_sleepers(priority_bit(Priority::store), 0, inboxes_.size());
@@ -491,6 +504,7 @@ void Schedule::count_down(Batch& batch, std::size_t operations) noexcept {
     const auto it = accepted_.find(batch.id_);
     done = std::move(it->second);
     accepted_.erase(it);
+    ++completing_;
     if (const auto& deadline = done->deadline_) {
       const auto [first, last] = deadlines_.equal_range(*deadline);
       for (auto at = first; at != last; ++at) {
@@ -503,6 +517,9 @@ void Schedule::count_down(Batch& batch, std::size_t operations) noexcept {
   }
   stats_->count(*done, result_of(done->status_.code), Clock::now() - done->submitted_);
   done->queue_->push(done->id_);
+  std::lock_guard lock(mutex_);
+  --completing_;
+  if (accepted_.empty() && completing_ == 0) emptied_.notify_all();
 }
 
 void Schedule::wake_sleepers(PrioritySet priorities, std::size_t first, std::size_t most) noexcept {

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <atomic>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -48,6 +49,8 @@ class Schedule {
   void retire_connections();
   // No batch is accepted any more, and those accepted are abandoned.
   void close(const Status& why) noexcept;
+  // After close(), and when no worker runs any more: until others have told of all they gave up.
+  void wait_until_empty();
   std::size_t batches() const;
   struct Gauges {
     std::size_t connections = 0;                    // that are open
@@ -165,6 +168,8 @@ class Schedule {
   Status refusal_;                // not ok: no batch is accepted any more
   // Shared with the Python object that reads the outcomes after completion.
   std::unordered_map<std::uint64_t, std::shared_ptr<Batch>> accepted_;
+  std::size_t completing_ = 0;  // not accepted_ any more, and not on their queues yet
+  std::condition_variable emptied_;
   std::array<std::deque<Batch*>, kPriorities> queues_;
   std::multimap<Clock::time_point, std::uint64_t> deadlines_;
   struct Delayed {

@@ -446,9 +446,19 @@ bool Session::owes_given_up() const noexcept {
   return first != waiting_.end() && first->abandoned;
 }
 
+bool Session::is_nobodys(const Waiting& one) noexcept {
+  return one.abandoned || (one.reader && one.reader->abandoned);
+}
+
+bool Session::owes_nobody() const noexcept {
+  const auto first = std::find_if(waiting_.begin(), waiting_.end(),
+                                  [](const Waiting& one) { return one.ticket.owner; });
+  return first != waiting_.end() && is_nobodys(*first);
+}
+
 bool Session::waited_for() const noexcept {
   return std::any_of(waiting_.begin(), waiting_.end(),
-                     [](const Waiting& one) { return one.ticket.owner && !one.abandoned; });
+                     [](const Waiting& one) { return one.ticket.owner && !is_nobodys(one); });
 }
 
 bool Session::holds_unrepeatable() const noexcept {
@@ -470,7 +480,8 @@ const std::vector<Session::Lost>& Session::reset(const Status& why, bool counted
     // A helper that waits for its WATCH takes nothing with it.
     if (reader.reading || !reader.operation.helping) reader.operation.ranges->lose(why, counted);
     if (!reader.operation.ranges->leave()) continue;
-    lost.push_back({reader.operation.ticket, written_ > reader.first_byte});
+    const bool whole = reader.operation.ranges->outcome() == Outcome::hit;
+    lost.push_back({reader.operation.ticket, written_ > reader.first_byte, !whole});
   }
   waiting_.clear();
   readers_.clear();

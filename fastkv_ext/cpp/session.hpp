@@ -146,6 +146,7 @@ class Session {
   struct Lost {
     Ticket ticket;
     bool sent = false;
+    bool counted = true;  // if not, another connection has read all of it
   };
   // `why` and `counted`: for what others read, too, and will find out later. Good until the next
   // push().
@@ -168,6 +169,8 @@ class Session {
   }
   // The next reply is to an operation that was given up, or to one of the worker's own before it.
   bool owes_given_up() const noexcept;
+  // The same, or it is to a step for a value that others have read meanwhile.
+  bool owes_nobody() const noexcept;
   // Somebody waits for a reply ...
   bool waited_for() const noexcept;
   // ... to what must not be sent again.
@@ -210,6 +213,7 @@ class Session {
   };
   enum class Reading : std::uint8_t { head, body, body_end };
 
+  static bool is_nobodys(const Waiting& one) noexcept;
   void end_inline(std::size_t begin);
   Waiting& push_step(Reader& reader, Command command, const RangedValue::Range& range = {});
   void push_range(Reader& reader, const RangedValue::Range& range);

@@ -45,8 +45,8 @@ void Session::pump(std::uint64_t window) {
 }
 
 void Session::push_range(Reader& reader, const RangedValue::Range& range) {
+  reader.reading = true;  // first: it is claimed, and if we fail nobody else will read it
   Waiting& waiting = push_step(reader, Command::range, range);
-  reader.reading = true;
   unread_ += range.bytes;
   std::uint64_t left = range.first;
   while (left > 0 && left >= waiting.value[waiting.segment].size) {

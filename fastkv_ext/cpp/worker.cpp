@@ -113,9 +113,9 @@ void Worker::loop() {
     // From here on whoever queues work wakes us: see Inbox::asleep.
     inbox.asleep = true;
     stores_held_until_.reset();
-    std::size_t fed = 0;
-    for (const auto& lane : lanes_) fed += feed(*lane);
-    if (woken && fed == 0 && schedule_.has_work(inbox.priorities)) schedule_.pass_on(index_);
+    for (const auto& lane : lanes_) feed(*lane);
+    // We were woken for one of them, perhaps, and have no room for that.
+    if (woken && schedule_.has_work(inbox.priorities)) schedule_.pass_on(index_);
     // Writing may have lost a connection, or completed something by a reply that came meanwhile.
     const int timeout = turn_again_ ? 0 : next_timeout();
     const int count = ::epoll_wait(epoll_.get(), events.data(), events.size(), timeout);
@@ -177,6 +177,7 @@ void Worker::adopt(Lane& lane, Adopt&& message) {
     lane.stream = std::move(message.stream);
   }
   lane.state = State::connected;
+  lane.fresh = true;
   lane.server_asked = false;
   lane.server.clear();
   if (std::exchange(lane.reconnects, true)) schedule_.stats().reconnects.add();
@@ -302,8 +303,9 @@ void Worker::settle(Lane& lane) noexcept {
   if (!drop.ok()) lose(lane, drop, true);
 }
 
-// Gives a lane with room what the schedule has for it. Returns the number of operations.
-std::size_t Worker::feed(Lane& lane) {
+// Gives a lane with room what the schedule has for it.
+void Worker::feed(Lane& lane) {
+  const bool fresh = std::exchange(lane.fresh, false);
   if (lane.state == State::connected && lane.session.requests() == 0 &&
       lane.generation != schedule_.generation()) {
     lose(lane, {Code::closed, {}}, false);
@@ -317,34 +319,41 @@ std::size_t Worker::feed(Lane& lane) {
   const auto may_help = [&] {
     return !lane.session.ranges_refused() && schedule_.wants_help(lane.priorities);
   };
-  if (!has_work && !may_help()) return 0;
+  if (!has_work && !may_help()) return;
   const bool idle = lane.session.requests() == 0;
   // The server may have closed an idle connection since epoll was asked. That is no loss yet, and
-  // must not use up an attempt; redis-py looks before each command, too.
-  if (lane.state == State::connected && idle) receive(lane);
+  // must not use up an attempt; redis-py looks before each command, too. One that closes each
+  // connection at once must not have us connect for ever.
+  if (lane.state == State::connected && idle && !fresh) receive(lane);
   if (lane.state == State::absent && now_ >= lane.retry_at &&
       (has_work || schedule_.worth_connecting())) {
     lane.state = State::requested;
     lane.generation = schedule_.request_connection(lane.number);
   }
-  if (lane.state != State::connected || lane.checking) return 0;
-  if (lane.session.owes_given_up()) return 0;  // others may be quicker, see is_in_doubt
+  if (lane.state != State::connected || lane.checking) return;
+  if (lane.session.owes_given_up()) return;  // others may be quicker, see is_in_doubt
   Session& session = lane.session;
   if (idle && lane.health_interval.count() > 0 && now_ - lane.progress > lane.health_interval) {
     lane.checking = true;
     session.push({.command = Command::ping, .ticket = {nullptr, kHealthTicket}});
     lane.progress = now_;
     transmit(lane);
-    return 0;
+    return;
   }
-  std::size_t fed = 0;
+  bool fed = false;
   while (!session.pumping() && session.requests() < window_.requests) {
     const std::uint64_t outstanding = session.outstanding_bytes();
     // One more than is being moved, however large, or the round trip would show.
     if (outstanding >= window_.bytes && session.requests() >= 2) break;
     PrioritySet priorities = lane.priorities;
     // What is wanted soon must not stand behind a store.
-    if (session.stores() > 0) priorities = without(priorities, Priority::retrieve);
+    if (session.stores() > 0) {
+      priorities = without(priorities, Priority::retrieve);
+      // Nor would they ever have their turn here if another store went behind that one.
+      if (schedule_.has_work(without(lane.priorities, Priority::store))) {
+        priorities = without(priorities, Priority::store);
+      }
+    }
     if (session.requests() > session.stores() && !schedule_.stores_overdue(now_)) {
       priorities = without(priorities, Priority::store);
     }
@@ -354,26 +363,25 @@ std::size_t Worker::feed(Lane& lane) {
       if (carried_.retry_at > now_) stores_held_until_ = carried_.retry_at;
       break;
     }
-    fed += carried_.count;
+    fed = true;
     carry(lane);
   }
   if (session.requests() == 0 && may_help()) {
     carried_ = schedule_.help(lane.generation, lane.server);
-    fed += carried_.count;
+    fed |= carried_.count > 0;
     carry(lane);
     if (session.requests() == 0 && !lane.server_asked && schedule_.worth_identifying()) {
       ask_server(lane);
-      ++fed;
+      fed = true;
     }
   }
-  if (fed == 0) return 0;
+  if (!fed) return;
   // Others may have read all of a value between our joining it and our first claim.
   settle(lane);
-  if (!lane.stream) return fed;
+  if (!lane.stream) return;
   if (idle) lane.progress = now_;
   // Otherwise epoll says when the socket takes more.
   if (!lane.polls_write) transmit(lane);
-  return fed;
 }
 
 // Pushes what was pulled.
@@ -449,13 +457,15 @@ void Worker::lose(Lane& lane, const Status& why, bool counted) noexcept {
   lane.checking = lane.polls_write = lane.reads_on = false;
   schedule_.lost(lane.number);
   for (const auto& operation : lane.session.reset(why, counted)) {
-    give_back(operation.ticket, operation.sent, counted, why);
+    give_back(operation.ticket, operation.sent, counted && operation.counted, why);
   }
+  // Who only helped to read what was lost here need not wait for its own server any more.
+  schedule_.wake_helpers();
 }
 
 void Worker::give_back(const Ticket& ticket, bool sent, bool counted, const Status& why) noexcept {
   auto& batch = *static_cast<Batch*>(ticket.owner);
-  if (why.code == Code::protocol_error) return schedule_.fail(batch, why);
+  if (why.code == Code::protocol_error && counted) return schedule_.fail(batch, why);
   if (schedule_.requeue(batch, ticket.index, sent, counted, why.code)) return;
   if (sent && !batch.repeatable()) {
     schedule_.fail(batch, {Code::unknown_outcome, why.detail});
@@ -524,7 +534,7 @@ int Worker::next_timeout() const {
 bool Worker::is_in_doubt(const Lane& lane) const noexcept {
   if (lane.state != State::connected) return false;
   const Session& session = lane.session;
-  if (!lane.checking && !session.owes_given_up()) return false;
+  if (!lane.checking && !session.owes_nobody()) return false;
   // Its caller would be told that nobody knows what became of it, for another's sake.
   if (session.holds_unrepeatable()) return false;
   return session.waited_for() || schedule_.has_work(lane.priorities);

@@ -54,6 +54,7 @@ class Worker {
     std::string server;  // its run id; empty: unknown
     std::string server_reply;
     Segment server_target;
+    bool fresh = false;        // adopted since the last feed()
     bool checking = false;     // a health check is on its way; pull when it is answered
     bool polls_write = false;  // registered for EPOLLOUT
     bool reads_on = false;     // see Stream::holds_bytes
@@ -74,7 +75,7 @@ class Worker {
   void transmit(Lane& lane);
   void poll_as_needed(Lane& lane);
   void settle(Lane& lane) noexcept;
-  std::size_t feed(Lane& lane);
+  void feed(Lane& lane);
   void carry(Lane& lane);
   void ask_server(Lane& lane);
   void learn_server(Lane& lane, const Completed& reply) noexcept;

@@ -1,6 +1,9 @@
 // The whole engine against peers at the other end of socket pairs: many callers, lost
 // connections, cancelled batches, close. No Python, so that thread sanitizers see everything.
+#include <fcntl.h>
 #include <poll.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -344,6 +347,92 @@ TEST(a_connector_that_is_late_touches_no_descriptor_that_was_given_back) {
     engine.close_fds();
     connector.join();
     CHECK(!engine.take_connect_request());
+  }
+}
+
+TEST(a_peer_that_closes_each_connection_at_once_uses_up_the_attempts) {
+  Engine engine(1, 1, kWindow);
+  auto queue = std::make_shared<CompletionQueue>();
+  Call call = make_call(Command::exists, 1);
+  engine.submit(call.batch, next_id++, queue, retry(2), 0);
+  int asked = 0;
+  while (queue->next() == std::nullopt) {
+    pollfd entries[] = {{engine.connect_event(), POLLIN, 0}, {queue->fd(), POLLIN, 0}};
+    CHECK(::poll(entries, 2, 20'000) > 0);
+    while (const auto lane = engine.take_connect_request()) {
+      CHECK(++asked <= 3);
+      int ends[2];
+      CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+      ::close(ends[1]);
+      engine.adopt(*lane, UniqueFd(ends[0]), 5.0, 0.0);
+    }
+  }
+  CHECK(call.batch->status().code == Code::connection_lost);
+}
+
+TEST(when_close_returns_every_batch_has_ended_though_others_cancel) {
+  for (int round = 0; round < 300; ++round) {
+    Engine engine(1, 1, kWindow);
+    auto queue = std::make_shared<CompletionQueue>();
+    std::vector<Call> calls;
+    std::vector<std::uint64_t> ids;
+    for (int i = 0; i < 64; ++i) {
+      calls.push_back(make_call(Command::exists, 1));
+      ids.push_back(next_id++);
+      engine.submit(calls.back().batch, ids.back(), queue, retry(0), 0);
+    }
+    std::atomic<std::size_t> next{0};
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 4; ++i) {
+      threads.emplace_back([&] {
+        for (std::size_t at; (at = next++) < ids.size();) engine.cancel(ids[at]);
+      });
+    }
+    while (next < 8 + static_cast<std::size_t>(round) % 40) {
+    }
+    engine.close();
+    const std::size_t left = ids.size() - drain(*queue).size();
+    for (std::thread& thread : threads) thread.join();
+    CHECK(left == 0);
+  }
+}
+
+TEST(a_child_keeps_no_socket_that_a_worker_is_taking) {
+  Engine engine(1, 1, kWindow);
+  for (int round = 0; round < 300; ++round) {
+    auto queue = std::make_shared<CompletionQueue>();
+    Call call = make_call(Command::exists, 1);
+    engine.submit(call.batch, next_id++, queue, retry(0), 0);
+    std::optional<std::uint32_t> lane;
+    while (!lane) {
+      pollfd entry{engine.connect_event(), POLLIN, 0};
+      CHECK(::poll(&entry, 1, 20'000) == 1);
+      lane = engine.take_connect_request();
+    }
+    int ends[2];
+    CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+    std::this_thread::sleep_for(std::chrono::microseconds(200));  // until it sleeps
+    engine.adopt(*lane, UniqueFd(ends[0]), 5.0, 0.0);
+    const auto until = Clock::now() + std::chrono::nanoseconds(round * 200);
+    while (Clock::now() < until) {
+    }
+    engine.before_fork();
+    const pid_t pid = ::fork();
+    if (pid == 0) {
+      engine.close_fds_after_fork(true);
+      ::_exit(::fcntl(ends[0], F_GETFD) == -1 ? 0 : 1);
+    }
+    engine.after_fork_in_parent();
+    int status = -1;
+    CHECK(::waitpid(pid, &status, 0) == pid);
+    char request[256];
+    CHECK(::recv(ends[1], request, sizeof request, 0) > 0);
+    CHECK(::send(ends[1], ":1\r\n", 4, 0) == 4);
+    wait_for(*queue, 1);
+    engine.retire_connections();
+    CHECK(::recv(ends[1], request, sizeof request, 0) == 0);
+    ::close(ends[1]);
+    CHECK(status == 0);
   }
 }
 

@@ -281,6 +281,59 @@ TEST(a_store_on_a_silent_connection_does_not_hold_the_others_back) {
   CHECK(stuck.wait() == Code::closed);
 }
 
+TEST(who_comes_back_is_not_overtaken_by_those_who_give_up) {
+  std::atomic<bool> stop{false};
+  std::atomic<bool> asked{false};
+  Engine engine(1, 1, kWindow, std::make_shared<Stats>());
+  Connector connector(
+      engine,
+      [&](int, const auto&) {
+        asked = true;
+        return std::nullopt;
+      },
+      SIZE_MAX, 2.0);
+  std::thread impatient([&] {
+    while (!stop) {
+      Call call(Command::exists, 1);
+      call.submit(engine, 0.3);
+      call.wait();
+    }
+  });
+  while (!asked) std::this_thread::yield();
+  // Each connection is left after a second, for the sake of who gave up on it.
+  Call patient(Command::exists, 1);
+  patient.submit(engine);
+  CHECK(patient.wait() == Code::stalled);
+  stop = true;
+  impatient.join();
+}
+
+TEST(stores_without_end_do_not_starve_a_load_on_their_only_connection) {
+  for (const int milliseconds : {15, 300}) {
+    std::atomic<int> stores{0};
+    std::atomic<int> before{-1};
+    Engine engine(1, 2, kWindow, std::make_shared<Stats>());
+    Connector connector(engine, [&](int, const auto& words) {
+      if (words[0] == "SET") {
+        std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
+        ++stores;
+      } else {
+        before = stores.load();
+      }
+      return answer(words);
+    });
+    Call many(Command::set, 20, "s", 600 << 10);
+    many.submit(engine);
+    while (stores < 2) std::this_thread::yield();
+    Call load(Command::get, 1);
+    load.submit(engine);
+    CHECK(load.wait() == Code::ok);
+    CHECK(before <= 2 + 3);  // those on their way, and one that went meanwhile
+    engine.cancel(many.id);
+    many.wait();
+  }
+}
+
 int main() {
   return check::run_all();
 }

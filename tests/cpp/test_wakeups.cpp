@@ -53,8 +53,10 @@ class TwoWorkers {
       const auto said = special(connection, words);
       return said ? said : answer(words);
     });
-    // Until both lanes of values have connected.
-    while (connector_->asked() < 2) {
+    Call lookup(Command::exists, 1);
+    run(engine_, lookup);
+    // Until both lanes of values have connected, too.
+    while (connector_->asked() < 3) {
       Call warm(Command::get, 20);
       run(engine_, warm);
     }
@@ -88,6 +90,40 @@ TEST(a_worker_that_is_woken_and_cannot_work_wakes_the_next) {
     Call call(Command::get, 1);
     run(made.engine(), call);
   }
+}
+
+TEST(a_worker_that_is_woken_for_two_things_and_can_do_one_wakes_the_next) {
+  std::atomic<bool> stuck{false};
+  std::atomic<bool> open{false};
+  TwoWorkers* two = nullptr;
+  TwoWorkers made([&](int connection, const auto& words) -> std::optional<std::string> {
+    if (words[1] == "stuck" && two->lane_of(connection) == 2) {
+      stuck = true;
+      while (!open) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return std::nullopt;
+  });
+  two = &made;
+  std::vector<std::unique_ptr<Call>> filling;
+  auto filled = std::make_shared<CompletionQueue>();
+  while (!stuck) {
+    filling.push_back(std::make_unique<Call>(Command::get, 8, "stuck"));
+    made.engine().submit(filling.back()->batch, next_id++, filled, retry(0), 0);
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  for (int i = 0; i < 20; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));  // until both sleep
+    Call load(Command::get, 1);
+    Call lookup(Command::exists, 1);
+    auto queue = std::make_shared<CompletionQueue>();
+    const auto start = Clock::now();
+    made.engine().submit(load.batch, next_id++, queue, retry(0), 0);
+    made.engine().submit(lookup.batch, next_id++, queue, retry(0), 0);
+    wait_for(*queue, 2);
+    CHECK(Clock::now() - start < std::chrono::seconds(2));  // long before the other has stalled
+  }
+  open = true;
+  wait_for(*filled, filling.size());
 }
 
 TEST(what_comes_back_from_a_lost_connection_wakes_who_can_take_it) {
