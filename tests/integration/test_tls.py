@@ -615,9 +615,14 @@ def test_killing_connections_under_load_changes_no_answer(
     stop = threading.Event()
 
     def kill() -> None:
+        served = 0
         with own_server.client() as admin:
-            while not stop.wait(0.1):  # time to connect and to be of use
+            while not stop.wait(0.05):
+                now = admin.info("stats")["total_net_output_bytes"]
+                if now - served < 1 << 20:
+                    continue  # they have not been of use yet
                 admin.client_kill_filter(_type="normal", skipme=True)
+                served = now
 
     killer = threading.Thread(target=kill)
     killer.start()
