@@ -273,7 +273,7 @@ def run(cluster: SyncCluster, batch: Batch, timeout: float | None) -> list[bool]
     try:
         for step in steps:
             if isinstance(step, Refresh):
-                cluster._tile_refresher.do(step, cluster._tile_refresh).result()
+                cluster._tile_refresher.run(step, cluster._tile_refresh)
                 continue
             queues = [part.node.take_queue() for part in step.parts]
             with_queues = list(zip(step.parts, queues, strict=True))
