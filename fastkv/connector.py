@@ -39,7 +39,7 @@ from redis.retry import AbstractRetry, Retry
 from fastkv._core import Engine, Notice, RetryPolicy, TlsStream
 from fastkv._version import __version__
 from fastkv.awaited import AwaitedCredentials, AwaitedSentinel, FindLoop
-from fastkv.errors import UnsupportedConnection, error_of_reply
+from fastkv.errors import UnsupportedConnection, error_of_reply, for_callers
 from fastkv.log import Limited, connections
 from fastkv.shielded import started
 from fastkv.tls import TlsSocket, check_tls, native_tls_class
@@ -268,17 +268,6 @@ def _name_fastkv(kwargs: dict[str, Any]) -> None:
         kwargs["driver_info"] = copy.deepcopy(info).add_upstream_driver(
             "fastkv", __version__
         )
-
-
-def _for_callers(error: BaseException) -> Exception:
-    """What those who wait for a connection raise, on their own threads: SystemExit of a
-    hook, or asyncio.CancelledError, was not meant for them.
-    """
-    if isinstance(error, Exception):
-        return error
-    wrapped = ConnectionError(f"A hook of the connection has raised {error!r}")
-    wrapped.__cause__ = error
-    return wrapped
 
 
 def _without_secrets(error: BaseException) -> str:
@@ -516,7 +505,7 @@ class Connector:
 
     def _give_up(self, newest: int, error: BaseException, delay: float = 0.0) -> None:
         """The others would fail likewise: nobody should wait for each of them."""
-        self.error = _for_callers(error)
+        self.error = for_callers(error)
         while self._attempts:
             self._engine.connect_failed(
                 self._attempts[-1].lane,

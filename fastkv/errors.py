@@ -112,3 +112,14 @@ def error_of_code(code: int, detail: str, keys: int, timeout: float) -> RedisErr
     if isinstance(error, ConnectionError):
         return error
     return ConnectionError(detail or "Connection closed by server.")
+
+
+def for_callers(error: BaseException) -> Exception:
+    """What those who wait for a connection raise, on their own threads: SystemExit of a
+    hook, or asyncio.CancelledError, was not meant for them.
+    """
+    if isinstance(error, Exception):
+        return error
+    wrapped = ConnectionError(f"A hook of the connection has raised {error!r}")
+    wrapped.__cause__ = error
+    return wrapped

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import math
 import os
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
-from redis.exceptions import MovedError
+from redis.exceptions import ConnectionError, MovedError
 
-from fastkv.shielded import Condition
+from fastkv.errors import for_callers
+from fastkv.log import logger
+from fastkv.shielded import Condition, shielded, started
 
 Address: TypeAlias = "tuple[str, int]"
+
+# Seconds that a callback may take before others get a thread of their own, and after
+# which a blocked call sees that it is in a forked child.
+_PATIENCE = 0.1
+
+_Result = TypeVar("_Result")
 
 
 @dataclass
@@ -51,6 +62,17 @@ class Refresh:
         return whole
 
 
+class Shared(Future[_Result]):
+    """A future that many may wait for: none of them can cancel it, and no signal
+    handler leaves it locked.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._condition = Condition()
+        self.set_running_or_notify_cancel()
+
+
 class _Waiter:
     def __init__(self, step: Refresh, look: Callable[[Refresh], None]) -> None:
         now = time.monotonic()
@@ -58,24 +80,33 @@ class _Waiter:
         self.look = look
         self.due = now + step.pause
         self.deadline = now + step.seconds if step.seconds else math.inf
-        self.done: Future[None] = Future()
+        self.done: Shared[None] = Shared()
+        self.error: Exception | None = None
+
+    def tell(self) -> None:
+        """That it is over."""
+        try:
+            if self.error is None:
+                self.done.set_result(None)
+            else:
+                self.done.set_exception(self.error)
+        # SystemExit in a callback of the user's; others must not wait for it.
+        except BaseException:
+            # Nor for what a log's handler raises.
+            with contextlib.suppress(BaseException):
+                logger.exception("a callback of a future has raised")
 
 
 class Refresher:
     """Has the looks done, one at a time, by threads that are there only as long as
-    somebody waits: one keeps the time, the other one looks. Thread-safe.
+    somebody waits: one keeps the time, one looks, and others tell those who wait.
+    Thread-safe.
     """
 
     def __init__(self) -> None:
-        self._start_anew()
-
-    def _start_anew(self) -> None:
-        self._pid = os.getpid()
-        self._changed = Condition()
-        self._waiting: list[_Waiter] = []
-        self._served: list[_Waiter] = []  # by the look that is under way
-        self._looking = False
-        self._running = False
+        # By process: a child has no thread of its parent's, and a fork in C tells
+        # nobody.
+        self._crews: dict[int, _Crew] = {}
 
     def do(self, step: Refresh, look: Callable[[Refresh], None]) -> Future[None]:
         """Have a step done, together with those of others.
@@ -83,66 +114,116 @@ class Refresher:
         Args:
             step: Its ``seconds`` are kept: then the future completes in any case.
             look: Brings the picture up to date; may raise and take its time.
+
+        Raises:
+            RuntimeError: No more threads.
         """
-        if self._pid != os.getpid():  # the threads are the parent's
-            self._start_anew()
         waiter = _Waiter(step, look)
+        crew = self._crews.setdefault(os.getpid(), _Crew())
+        shielded(partial(crew.enter, waiter))
+        return waiter.done
+
+    def run(self, step: Refresh, look: Callable[[Refresh], None]) -> None:
+        """As `do`, and block until it is done.
+
+        Raises:
+            redis.exceptions.ConnectionError: A signal handler has forked meanwhile, and
+                this is the child.
+        """
+        pid = os.getpid()
+        done = self.do(step, look)
+        # Of the C level: what a future has to wait on may be locked for ever in a
+        # child.
+        over = _thread.allocate_lock()
+        over.acquire()
+        done.add_done_callback(lambda _: over.release())
+        while not over.acquire(timeout=_PATIENCE):
+            if pid != os.getpid():
+                raise ConnectionError("The call began before a fork, in the parent.")
+        done.result()
+
+
+class _Crew:
+    """The threads of a refresher in one process."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._waiting: list[_Waiter] = []
+        self._served: list[_Waiter] = []  # by the look that is under way
+        self._over: deque[_Waiter] = deque()  # to be told so
+        # When whoever tells them is taken for blocked, by a callback of the user's.
+        self._blocked = 0.0
+        self._looking = False
+        self._running = False
+
+    def enter(self, waiter: _Waiter) -> None:
         with self._changed:
             if not self._running:
-                _start_thread(self._keep_time)
+                started(self._keep_time, "fastkv-refresh")
                 self._running = True
             self._waiting.append(waiter)
             self._changed.notify()
-        return waiter.done
 
     def _keep_time(self) -> None:
         while True:
             with self._changed:
                 now = time.monotonic()
-                late = _take(self._waiting, _DEADLINE, now)
-                late += _take(self._served, _DEADLINE, now)
+                self._over += _take(self._waiting, _DEADLINE, now)
+                self._over += _take(self._served, _DEADLINE, now)
                 due: list[_Waiter] = []
                 if not self._looking:
                     due = _take(self._waiting, _DUE, now)
                     self._served = list(due)
                     self._looking = bool(due)
-                if not late and not due:
-                    if not self._waiting and not self._served:
+                tell = bool(self._over) and self._blocked <= now
+                if tell:
+                    self._blocked = now + _PATIENCE
+                if not tell and not due:
+                    if not self._waiting and not self._served and not self._over:
                         self._running = False
                         return
                     self._changed.wait(self._seconds_to_sleep(now))
                     continue
-            for waiter in late:
-                waiter.done.set_result(None)
+            if tell:
+                _in_thread(self._tell)
             if due:
-                try:
-                    _start_thread(self._look, due)
-                except RuntimeError:  # no more threads: the time has to wait
-                    self._look(due)
+                _in_thread(partial(self._look, due))
 
     def _seconds_to_sleep(self, now: float) -> float | None:
         times = [one.deadline for one in (*self._waiting, *self._served)]
         if not self._looking:
             times += [one.due for one in self._waiting]
+        if self._over:
+            times.append(self._blocked)
         first = min(times)
         return None if first == math.inf else max(0.0, first - now)
 
     def _look(self, due: list[_Waiter]) -> None:
-        error: BaseException | None = None
+        error: Exception | None = None
         try:
             due[0].look(Refresh.of_all(one.step for one in due))
         except BaseException as failure:
-            error = failure
+            error = for_callers(failure)
         with self._changed:
-            served, self._served = self._served, []
-        for waiter in served:
-            if error is None:
-                waiter.done.set_result(None)
-            else:
-                waiter.done.set_exception(error)
-        with self._changed:
+            for waiter in self._served:
+                waiter.error = error
+            self._over += self._served
+            self._served = []
+            self._blocked = time.monotonic() + _PATIENCE
+            # Before anybody is told: a callback may want the next look.
             self._looking = False
             self._changed.notify()
+        self._tell()
+
+    def _tell(self) -> None:
+        while True:
+            with self._changed:
+                if not self._over:
+                    self._blocked = 0.0
+                    return
+                waiter = self._over.popleft()
+                self._blocked = time.monotonic() + _PATIENCE
+            waiter.tell()
 
 
 _DUE: Callable[[_Waiter], float] = attrgetter("due")
@@ -157,7 +238,8 @@ def _take(
     return taken
 
 
-def _start_thread(target: Callable[..., None], *args: object) -> None:
-    threading.Thread(
-        target=target, args=args, name="fastkv-refresh", daemon=True
-    ).start()
+def _in_thread(work: Callable[[], None]) -> None:
+    try:
+        started(work, "fastkv-refresh")
+    except (RuntimeError, MemoryError):  # no more threads: what is next has to wait
+        work()

@@ -10,7 +10,6 @@ until every key has its answer. The rules for trying again are those of redis-py
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import os
 import threading
@@ -188,7 +187,8 @@ def rounds(cluster: Cluster, batch: Batch, seconds: float) -> Steps:
                 error = part.node.error_of(part.batch, part.refusal, seconds, began)
                 unanswered, redirected = batch.take(part.batch)
                 again += unanswered
-                if unanswered:
+                # The engine's own failure: what it says it has answered may be wrong.
+                if unanswered or part.batch.code == Code.INTERNAL_ERROR:
                     assert error is not None
                     if not _may_repeat(part, error):
                         if part.batch.code == Code.TIMED_OUT:
@@ -273,7 +273,7 @@ def run(cluster: SyncCluster, batch: Batch, timeout: float | None) -> list[bool]
     try:
         for step in steps:
             if isinstance(step, Refresh):
-                cluster._tile_refresher.do(step, cluster._tile_refresh).result()
+                cluster._tile_refresher.run(step, cluster._tile_refresh)
                 continue
             queues = [part.node.take_queue() for part in step.parts]
             with_queues = list(zip(step.parts, queues, strict=True))
@@ -315,30 +315,38 @@ class ClusterFuture(TileFuture):
         self._left = 0
         self._left_lock = threading.Lock()
         self._failure: BaseException | None = None
+        _all_futures.add(self)
 
     def do(self, step: Send | Refresh | None) -> None:
         """Have a step done; None: there is none left."""
         if isinstance(step, Send):
             self._send(step)
         elif step is not None:
-            _refreshing.add(self)
             try:
                 asked = self._cluster._tile_refresher.do(
                     step, self._cluster._tile_refresh
                 )
-            except RuntimeError as error:  # no more threads
+            except Exception as error:  # no more threads, no memory
                 asked = Future()
                 asked.set_exception(error)
             asked.add_done_callback(self._refreshed)
         else:
             self._steps.close()  # lets go of the memory
-            super()._drained()
-            del self._cluster, self._batch, self._steps
-            self._parts = []
+            try:
+                super()._drained()
+            finally:  # a callback may raise SystemExit
+                del self._cluster, self._batch, self._steps
+                self._parts = []
 
     def _go_on(self) -> None:
         try:
-            step = None if self.cancelled() else next(self._steps, None)
+            if self.done() and not self.cancelled():
+                return  # a signal handler has forked, and this is the child
+            step: Send | Refresh | None = None
+            if self._failure is not None:
+                self._steps.throw(self._failure)
+            elif not self.cancelled():
+                step = next(self._steps, None)
         except BaseException as error:
             self._failure, step = error, None
         self.do(step)
@@ -354,18 +362,20 @@ class ClusterFuture(TileFuture):
                 )
             except RedisError:
                 part.refusal = Code.CLOSED
+            # No more descriptors, threads, memory. What is in flight has to end first.
+            except Exception as error:
+                self._failure = error
+                # Or a signal handler's, perhaps after it was accepted.
+                if not (part.batch.in_flight or part.batch.drained):
+                    part.refusal = Code.CLOSED
             if part.refusal:
                 self._drained()
-        if self.cancelled():
+        if self.cancelled() or self._failure is not None:
             self._take_back()  # what cancel() came too early for
         self._drained()
 
     def _refreshed(self, asked: Future[None]) -> None:
         self._failure = asked.exception()
-        if self._failure is not None:
-            with contextlib.suppress(BaseException):
-                self._steps.throw(self._failure)
-        _refreshing.discard(self)
         self._go_on()
 
     def _drained(self) -> None:
@@ -384,6 +394,12 @@ class ClusterFuture(TileFuture):
         for part in self._parts:
             part.node.cancel(part.batch)
 
+    def _forked(self) -> None:
+        super()._forked()
+        batch: Batch | None = self.__dict__.get("_batch")
+        if batch is not None:
+            batch.end_parts()
+
 
 def submit(cluster: SyncCluster, batch: Batch, timeout: float | None) -> TileFuture:
     """Do not block. What is wrong with the connections as such is raised at once."""
@@ -398,14 +414,14 @@ def submit(cluster: SyncCluster, batch: Batch, timeout: float | None) -> TileFut
     return future
 
 
-# Those whose rounds are in no engine's table at a fork, and on no thread in the child.
-_refreshing: weakref.WeakSet[ClusterFuture] = weakref.WeakSet()
+# Between two rounds, no engine's table has them at a fork.
+_all_futures: weakref.WeakSet[ClusterFuture] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
-    for future in list(_refreshing):
+    for future in list(_all_futures):
         future._forked()
-    _refreshing.clear()
+    _all_futures.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -431,20 +447,27 @@ async def wait(
                 except asyncio.TimeoutError:
                     pass  # the next round finds out
                 continue
-            in_flight = []
-            for part in step.parts:
-                try:
-                    part.refusal = part.node.start(
-                        part.batch,
-                        part.node.queue_of(loop),
-                        step.seconds,
-                        loop.create_future(),
-                    )
-                except RedisError:
-                    part.refusal = Code.CLOSED
-                if not part.refusal:
-                    in_flight.append((part.node, part.batch))
-            await drained(in_flight)
+            try:
+                for part in step.parts:
+                    try:
+                        part.refusal = part.node.start(
+                            part.batch,
+                            part.node.queue_of(loop),
+                            step.seconds,
+                            loop.create_future(),
+                        )
+                    except RedisError:
+                        part.refusal = Code.CLOSED
+            except BaseException:  # no more descriptors; an interrupt
+                for part in step.parts:
+                    part.node.cancel(part.batch)
+                await drained(_in_flight(step.parts))
+                raise
+            await drained(_in_flight(step.parts))
     except BaseException as error:
         steps.throw(error)
     return _finish(batch, seconds)
+
+
+def _in_flight(parts: Sequence[Part]) -> list[tuple[Node, Batch]]:
+    return [(part.node, part.batch) for part in parts if part.batch.in_flight]

@@ -193,6 +193,7 @@ cdef class Batch:
 
     Attributes:
         waiter: The caller's own; what to notify when the batch is drained.
+        in_flight: Accepted, and not drained yet.
         drained: No worker can touch the memory any more, and the pins are released.
         whole: Of a part: the batch whose memory it uses, and whose pins hold it.
     """
@@ -208,7 +209,7 @@ cdef class Batch:
     cdef public object waiter
     cdef readonly Batch whole
     cdef CompletionQueue queue  # while in flight
-    cdef bint in_flight
+    cdef readonly bint in_flight
     cdef Py_ssize_t parts_in_flight
     cdef bint ended
 
@@ -1085,22 +1086,19 @@ def run_all(parts, double timeout):
     cdef RetryPolicy policy
     cdef int code
     cdef list codes = []
-    cdef list accepted = []
     try:
         for engine, batch, queue, policy in parts:
-            code = engine.submit(batch, queue, policy, timeout)
-            codes.append(code)
-            if code == 0:
-                accepted.append((engine, batch, queue))
-        for engine, batch, queue in accepted:
-            while not batch.drained:
+            codes.append(engine.submit(batch, queue, policy, timeout))
+        for code, (engine, batch, queue, _) in zip(codes, parts):
+            while code == 0 and not batch.drained:
                 queue.wait()
                 engine.drain(queue)
     except BaseException:
-        for engine, batch, _ in accepted:
+        for engine, batch, _, _ in parts:
             engine.cancel(batch)
-        for engine, batch, queue in accepted:
-            engine._take_back(batch, queue)
+        for engine, batch, queue, _ in parts:
+            if batch.in_flight:
+                engine._take_back(batch, queue)
         raise
     return codes
 

@@ -22,11 +22,12 @@ from fastkv._core import Batch, CompletionQueue, Stats
 from fastkv.client import Redis
 from fastkv.cluster import RedisCluster
 from fastkv.connector import make_connection
+from fastkv.errors import for_callers
 from fastkv.info import TileInfo, cluster_info
 from fastkv.node import Node, TileFuture
-from fastkv.refresher import Refresh
+from fastkv.refresher import Refresh, Shared
 
-Attempt: TypeAlias = "Future[RedisCluster]"
+Attempt: TypeAlias = "Shared[RedisCluster]"
 
 
 class Carrier(Protocol):
@@ -125,17 +126,20 @@ class Cluster:
 
     # --- the client ------------------------------------------------------------------
 
-    def _connected(self) -> Attempt:
+    def _check_fork(self) -> None:
         if self._pid != os.getpid():  # neither the lock's holder nor the thread is here
             self._lock = threading.Lock()
             self._pid = os.getpid()
             if self._attempt is not None and not self._attempt.done():
                 self._attempt, self._under_way = None, False
+
+    def _connected(self) -> Attempt:
+        self._check_fork()
         with self._lock:
             if self._closed:
                 raise _closed()
             if self._attempt is None:
-                attempt: Attempt = Future()
+                attempt: Attempt = Shared()
                 # May raise; then there is no attempt that anybody could wait for.
                 threading.Thread(
                     target=self._connect,
@@ -145,7 +149,7 @@ class Cluster:
                 ).start()
                 self._attempt, self._under_way = attempt, True
             if self._error is not None:
-                raise copy.copy(self._error)
+                raise _copy(self._error)
             return self._attempt
 
     def _connect(self, attempt: Attempt) -> None:
@@ -153,9 +157,9 @@ class Cluster:
         error: Exception | None = None
         try:
             client = self._make()
-        except Exception as failure:
+        except BaseException as failure:  # a hook of the user's, whatever it raises
             # Without its traceback, which keeps redis-py's connections open.
-            error = copy.copy(failure)
+            error = _copy(for_callers(failure))
         with self._lock:
             late = self._closed  # nobody will see the client: `close` ends the attempt
             self._under_way = False
@@ -207,7 +211,7 @@ class Cluster:
     ) -> None:
         began = time.monotonic()
 
-        def submit(attempt: Attempt) -> None:
+        def submit(attempt: Future[RedisCluster]) -> None:
             try:
                 client = attempt.result()
                 future = client._tile_submit(batch, _rest(timeout, began))
@@ -237,6 +241,7 @@ class Cluster:
             return done
 
     def close(self) -> None:
+        self._check_fork()
         with self._lock:
             already, self._closed = self._closed, True
             attempt, under_way = self._attempt, self._under_way
@@ -263,6 +268,13 @@ class _OnLoop:
     async def _tile_refresh(self, step: Refresh) -> None:
         done = self._client._tile_refresher.do(step, self._client._tile_refresh)
         await asyncio.wrap_future(done)
+
+
+def _copy(error: Exception) -> Exception:
+    try:
+        return copy.copy(error)
+    except Exception:  # its class wants other arguments than its message
+        return ConnectionError(f"{type(error).__name__}: {error}")
 
 
 def _raise_closed() -> list[bool]:

@@ -56,7 +56,7 @@ PYTHON = {
     },
     "info": {"_core"},
     "registry": {"_core", "connector", "info", "log", "node", "options", "shielded"},
-    "refresher": {"shielded"},
+    "refresher": {"errors", "log", "shielded"},
     "rounds": {"_core", "commands", "errors", "info", "node", "refresher"},
     "topology": {
         *("_core", "connector", "info", "node", "options", "refresher", "registry"),
