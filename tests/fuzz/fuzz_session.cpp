@@ -131,6 +131,7 @@ struct Work {
     std::size_t good = 0;
     bool torn = false;
     bool unfit = false;
+    bool help_refused = false;  // no matter, if it came too late to help
     bool unfinished = false;
     bool lost = false;
   };
@@ -568,7 +569,7 @@ class Run {
         CHECK(evidence.good == work.bytes && work.text() == evidence.read);
         break;
       case Outcome::torn: CHECK(evidence.torn); break;
-      case Outcome::misfit: CHECK(evidence.unfit); break;
+      case Outcome::misfit: CHECK(evidence.unfit || evidence.help_refused); break;
       case Outcome::lost: CHECK(evidence.lost); break;
       default: CHECK(false);
     }
@@ -602,7 +603,8 @@ class Run {
         evidence.good += size;
         continue;
       }
-      evidence.unfit |= reply.type == '-';
+      const bool helps = request[0] == "WATCH" && &link != work.begun_by;
+      (helps ? evidence.help_refused : evidence.unfit) |= reply.type == '-';
       if (request[0] != "EXEC") continue;
       evidence.torn |= reply.type != '-' && reply.value < 0;
       reading = false;
