@@ -63,7 +63,8 @@ PYTHON = {
         "rounds",
     },
     "tiles": {"_core", "buffers", "commands", "node"},
-    "client": {"_core", "info", "node", "options", "registry", "tiles"},
+    "pooled": {"node", "options", "registry"},
+    "client": {"_core", "info", "node", "options", "pooled", "registry", "tiles"},
     "cluster": {
         *("_core", "connector", "node", "options", "refresher", "rounds", "tiles"),
         "topology",
@@ -71,7 +72,7 @@ PYTHON = {
     "sentinel": {"client", "options"},
     "asyncio": {
         *("_core", "buffers", "commands", "connector", "info", "node", "options"),
-        *("refresher", "registry", "rounds", "topology"),
+        *("pooled", "refresher", "registry", "rounds", "topology"),
     },
     "metrics": {"info"},
     "lmcache": {
