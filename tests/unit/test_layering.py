@@ -47,15 +47,19 @@ PYTHON = {
     "awaited": set(),
     "log": set(),
     "connector": {"_core", "_version", "awaited", "errors", "log", "shielded", "tls"},
+    "forking": set(),
     "options": set(),
     "shielded": set(),
     "telemetry": {"_core", "connector"},
     "node": {
-        *("_core", "commands", "connector", "errors", "log", "options", "shielded"),
-        "telemetry",
+        *("_core", "commands", "connector", "errors", "forking", "log", "options"),
+        *("shielded", "telemetry"),
     },
     "info": {"_core"},
-    "registry": {"_core", "connector", "info", "log", "node", "options", "shielded"},
+    "registry": {
+        *("_core", "connector", "forking", "info", "log", "node", "options"),
+        "shielded",
+    },
     "refresher": {"shielded"},
     "rounds": {"_core", "commands", "errors", "info", "node", "refresher"},
     "topology": {
