@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -232,59 +234,54 @@ def test_a_signal_handler_forks_while_threads_are_started_or_joined(
 def test_a_connection_that_begins_during_a_fork_is_not_inherited(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """When its node had been looked at, and others had not."""
-    asked = threading.Event()
-    before = Node.before_fork
+    """When its node has been looked at, and is held."""
+    inside, go_on = threading.Event(), threading.Event()
+    make, before = connector.make_connection, Node.before_fork
+    held: list[Node] = []
+
+    def slow(*args: Any) -> Any:
+        inside.set()
+        assert go_on.wait(30)
+        return make(*args)
 
     def late(self: Node) -> None:
         before(self)
-        if self is clients[1]._tile_node:
-            asked.set()
-            # With nothing to wait for, if all is well.
+        held.append(self)
+        if len(held) == 2:
+            go_on.set()
+            # For nothing, if all is well.
             for _ in range(30):
                 if server.connections > connections:
                     break
-                eventually_waits.wait(0.01)
+                time.sleep(0.01)
 
-    eventually_waits = threading.Event()
+    def connected() -> set[str]:
+        """Sockets of clients."""
+        found = set()
+        for fd, what in open_fds().items():
+            if what.startswith("socket"):
+                with socket.socket(fileno=os.dup(fd)) as one:
+                    try:
+                        port = one.getpeername()[1]
+                    except (OSError, IndexError):
+                        continue  # not connected, or of a socketpair
+                    if port == server.port:
+                        found.add(what)
+        return found
+
     with ModelServer(1) as server:
         clients = [fastkv.Redis(port=server.port, tile_connections=1) for _ in range(2)]
         for client in clients:
             check(client)
-
-        def ask() -> None:
-            assert asked.wait(30)
-            check(clients[0])
-
-        clients[0].connection_pool.disconnect()
-        thread = threading.Thread(target=ask)
-        thread.start()
-        connections = server.connections
+        monkeypatch.setattr(connector, "make_connection", slow)
         monkeypatch.setattr(Node, "before_fork", late)
-        inherited = {
-            os.readlink(f"/proc/self/fd/{fd}")
-            for fd, what in open_fds().items()
-            if what.startswith("socket")
-        }
+        thread = threading.Thread(target=check, args=clients[:1])
+        thread.start()
+        assert inside.wait(30)
+        connections = server.connections
 
         def work() -> None:
-            ports = [
-                address for address in made() if address and address[1] == server.port
-            ]
-            assert not ports
-
-        def made() -> list[Any]:
-            import socket
-
-            peers = []
-            for fd, what in open_fds().items():
-                if what.startswith("socket") and what not in inherited:
-                    with socket.socket(fileno=os.dup(fd)) as one:
-                        try:
-                            peers.append(one.getpeername())
-                        except OSError:
-                            pass
-            return peers
+            assert not connected()
 
         child = Child(work)
         child.go_on()
@@ -324,39 +321,39 @@ def test_a_fork_while_a_node_starts_leaves_no_descriptor(
         client.close()
 
 
-def test_forks_while_nodes_start_prepare_all_of_them(
+def test_a_node_that_starts_while_a_fork_looks_for_all_is_no_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     raised: list[Any] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda what: raised.append(what))
-    stop = threading.Event()
-    interval = sys.getswitchinterval()
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    parent = os.getpid()
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        # Where weak references are gone through.
+        if "weakref" not in frame.f_code.co_filename or os.getpid() != parent:
+            return None
+        if event == "line" and len(clients) < 20:
+            clients.append(fastkv.Redis(port=server.port, tile_workers=1))
+            thread = threading.Thread(target=clients[-1]._node)
+            thread.start()
+            thread.join()
+        return trace
+
     with ModelServer(1) as server:
-        kwargs: dict[str, Any] = {"port": server.port, "tile_workers": 1}
-        clients = [fastkv.Redis(**kwargs, tile_connections=1) for _ in range(20)]
+        clients = [fastkv.Redis(port=server.port, tile_workers=1) for _ in range(2)]
         for client in clients:
             client._node()
-
-        def live() -> None:
-            while not stop.is_set():
-                with fastkv.Redis(**kwargs, tile_connections=1) as client:
-                    client._node()
-
-        threads = [threading.Thread(target=live) for _ in range(3)]
-        sys.setswitchinterval(1e-6)
-        try:
-            for thread in threads:
-                thread.start()
-            for _ in range(400 if LONG else 60):
-                fork()
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
-            sys.setswitchinterval(interval)
+        sys.settrace(trace)
+        pid = os.fork()
+        sys.settrace(None)
+        if pid == 0:
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert not raised
+        assert len(clients) > 2
         for client in clients:
+            check(client)
             client.close()
-    assert not raised
 
 
 def test_who_comes_second_after_a_fork_in_c_waits_for_the_first(
