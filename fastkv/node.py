@@ -132,7 +132,7 @@ class Node:
             getattr(pool, "max_connections", 1 << 30)
         )
         self.closed = False
-        self._pid = os.getpid()
+        self.pid = os.getpid()
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # clients
         self.pool = weakref.ref(pool)
         self._broken = False  # a worker has died
@@ -164,7 +164,7 @@ class Node:
     @property
     def usable(self) -> bool:
         """Whether new batches are taken. A fork in C tells nobody."""
-        return not (self.closed or self._broken) and self._pid == os.getpid()
+        return not (self.closed or self._broken) and self.pid == os.getpid()
 
     # --- the four ways to wait -------------------------------------------------------
 

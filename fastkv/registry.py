@@ -224,16 +224,18 @@ def _after_fork_in_child() -> None:
     forking.lock._at_fork_reinit()  # type: ignore[attr-defined]
     _lock = threading.RLock()
     forking.held.clear()
-    # Not only those of _before_fork: a fork in C does not call that.
-    nodes = _living()
-    _alive.clear()
-    pools = [ref() for ref in _nodes.keyrefs()]
-    _nodes.clear()
     _stats.clear()  # what happened so far is the parent's
-    for pool in pools:
-        if pool is not None:
+    # Not only those of _before_fork: a fork in C does not call that. Nor all: a signal
+    # handler may have started some before we came so far.
+    pid = os.getpid()
+    nodes = [node for node in _living() if node.pid != pid]
+    for node in nodes:
+        _alive.pop(id(node), None)
+        pool = node.pool()
+        if pool is not None and _nodes.get(pool) is node:
+            _nodes.pop(pool, None)
             _unwatch(pool)
-    _pid = os.getpid()  # from here on others may start nodes
+    _pid = pid  # from here on others may start nodes
     with ExitStack() as each:  # though one raises
         for node in nodes:
             each.callback(node.after_fork_in_child)

@@ -356,6 +356,16 @@ def test_a_node_that_starts_while_a_fork_looks_for_all_is_no_matter(
             client.close()
 
 
+class ParentsNode:
+    pid = -1
+
+    def __init__(self, pool: redis.ConnectionPool) -> None:
+        self.pool = lambda: pool
+
+    def after_fork_in_child(self) -> None:
+        pass
+
+
 def test_who_comes_second_after_a_fork_in_c_waits_for_the_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -368,8 +378,9 @@ def test_who_comes_second_after_a_fork_in_c_waits_for_the_first(
 
     with ModelServer(1) as server:
         client = fastkv.Redis(port=server.port)
-        pool: Any = redis.ConnectionPool()
-        registry._nodes[pool] = None  # type: ignore[assignment]  # the parent's
+        pool = redis.ConnectionPool()
+        parents: Any = ParentsNode(pool)
+        registry._nodes[pool] = registry._alive[id(parents)] = parents
         with monkeypatch.context() as patch:
             patch.setattr(registry, "_unwatch", unwatch)
             patch.setattr(registry, "_pid", -1)  # as if we were the child
@@ -382,4 +393,39 @@ def test_who_comes_second_after_a_fork_in_c_waits_for_the_first(
         assert node.usable
         check(client)
         assert client._tile_node is node
+        client.close()
+
+
+def test_a_handler_uses_a_client_in_a_child_before_the_rest_is_told_of_the_fork(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The child's nodes are not taken for the parent's."""
+    before = registry._living
+
+    def living() -> list[Node]:
+        monkeypatch.undo()
+        check(client)
+        return before()
+
+    with ModelServer(1) as server:
+        client = fastkv.Redis(port=server.port)
+        check(client)
+        parent = os.getpid()
+
+        def at_fork() -> list[Node]:
+            return before() if os.getpid() == parent else living()
+
+        def work() -> None:
+            node = client._tile_node
+            assert node is not None
+            assert node.usable
+            check(client)
+            assert client._tile_node is node
+            client.close()
+
+        monkeypatch.setattr(registry, "_living", at_fork)
+        child = Child(work)
+        child.go_on()
+        child.end()
+        monkeypatch.undo()
         client.close()
