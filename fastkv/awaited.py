@@ -35,6 +35,8 @@ def _await(
     try:
         return asked.result(_TIMEOUT)
     except concurrent.futures.TimeoutError as error:
+        if asked.done():
+            return asked.result()  # from Python 3.11 on, its own may be of that class
         asked.cancel()
         raise ConnectionError(f"Asking {what} took over {_TIMEOUT:g} s.") from error
 

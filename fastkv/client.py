@@ -10,15 +10,10 @@ import redis
 
 from fastkv._core import Batch
 from fastkv.info import TileInfo
-from fastkv.node import Node, TileFuture
+from fastkv.node import TileFuture
 from fastkv.options import TileOptions, options_of_url, signed_as
-from fastkv.registry import (
-    drop_node,
-    info_of_pool,
-    leave_node,
-    node_of,
-    registered_node,
-)
+from fastkv.pooled import Pooled
+from fastkv.registry import info_of_pool, leave_node
 from fastkv.tiles import Tiles
 
 if TYPE_CHECKING:
@@ -26,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Redis(Tiles, redis.Redis):
+class Redis(Tiles, Pooled, redis.Redis):
     """redis-py's `redis.Redis`, with native calls that move many large values at once.
 
     Takes every argument of redis-py, with redis-py's meaning, and keeps every command.
@@ -59,9 +54,10 @@ class Redis(Tiles, redis.Redis):
         tile_range_bytes: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self._tile_node: Node | None = None
-        self._tile_options = TileOptions(
-            tile_workers, tile_connections, tile_window_bytes, tile_range_bytes
+        self._start_pooled(
+            TileOptions(
+                tile_workers, tile_connections, tile_window_bytes, tile_range_bytes
+            )
         )
         super().__init__(*args, **kwargs)
 
@@ -127,25 +123,14 @@ class Redis(Tiles, redis.Redis):
         """
         # redis-py calls this for a half-made client too.
         if hasattr(self, "connection_pool"):
-            node = self._tile_node or registered_node(self)
-            self._tile_node = None
-            if node is not None:
+            for node in self._nodes_to_leave():
                 leave_node(self, node)
         super().close()
 
     def __del__(self) -> None:
         # May run in the middle of anything, in any thread: no lock, no join.
-        node = getattr(self, "_tile_node", None)
-        if node is not None:
-            self._tile_node = None
-            drop_node(self, node)
+        self._drop_nodes()
         super().__del__()  # type: ignore[no-untyped-call]  # redis-py's
-
-    def _node(self) -> Node:
-        node = self._tile_node
-        if node is None or not node.usable:
-            node = self._tile_node = node_of(self, self._tile_options)
-        return node
 
     def _tile_encoder(self) -> Encoder:
         encoder: Encoder = self.get_encoder()

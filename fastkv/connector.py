@@ -87,7 +87,6 @@ _LEAST_DELAY = 0.05
 
 # Modules whose frames have sockets that are being connected.
 _CONNECT = ("fastkv", "redis", "socket", "ssl")
-_MOST_LOOKS = 20  # at what is being connected, before a fork
 
 # What the engine tells of, for the log.
 _NOTICES = {
@@ -329,12 +328,16 @@ class Connector:
         self._attempts: list[_Attempt] = []  # the connector's thread only
         self._connecting: Any = None  # the Connection at work, for close()
         self._newest = 0  # batch that may be told of a failure of this turn
-        # Held while a connected socket is handed over, and across fork, which finds it
-        # either with the Connection or with the engine.
+        # Held when a Connection begins, while its socket is handed over, and across
+        # fork, which finds it either with the Connection or with the engine.
         # It knows its owner, whatever a signal handler's exception has cut short.
         self._handing_over = threading.RLock()
         self._at_fork: list[socket.socket | TlsSocket] = []  # on their way
         self._pid = os.getpid()
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Start the thread. Before, a fork must know of the engine's descriptors."""
         self._thread = started(self._serve, "fastkv-connector")
 
     def close(self, timeout: float) -> None:
@@ -354,25 +357,33 @@ class Connector:
                 sock.shutdown(socket.SHUT_RDWR)  # ends a handshake that waits
             except (OSError, AttributeError):
                 pass  # over already, or what a connection class has for a socket
-        if threading.get_ident() != self._thread.ident:
-            self._thread.join(timeout)
+        thread = self._thread
+        if thread is not None and threading.get_ident() != thread.ident:
+            thread.join(timeout)
 
     def before_fork(self) -> None:
-        """One of the next two must follow."""
+        """One of the last two must follow."""
         self._handing_over.acquire()
-        for _ in range(_MOST_LOOKS):
-            self._at_fork = self._sockets_on_their_way()
-            # One that the system has made, perhaps, and its thread not yet heard of.
-            if all(one.fileno() >= 0 for one in self._at_fork if _is_plain(one)):
-                break
-            time.sleep(0.0002)
+
+    def look_before_fork(self) -> bool:
+        """Take note of the sockets that are on their way.
+
+        Returns:
+            Whether none is in the making, which this thread could not see.
+        """
+        self._at_fork = found = self._sockets_on_their_way()
+        if self._connecting is None:
+            return True
+        # Below 0: the system has made it, perhaps, and its thread not yet heard of it.
+        return bool(found) and all(one.fileno() >= 0 for one in found if _is_plain(one))
 
     def _sockets_on_their_way(self) -> list[socket.socket | TlsSocket]:
         if self._connecting is None:
             return []
         found = list(vars(self._connecting).values())
         # redis-py keeps a socket that it is connecting in a local variable.
-        frame = sys._current_frames().get(self._thread.ident or 0)
+        thread = self._thread
+        frame = sys._current_frames().get(thread.ident or 0) if thread else None
         while frame is not None:
             # Those of a user's hook may be the application's.
             if str(frame.f_globals.get("__name__")).partition(".")[0] in _CONNECT:
@@ -386,8 +397,11 @@ class Connector:
     def after_fork_in_parent(self) -> None:
         """Go on. May be called again."""
         self._at_fork.clear()
-        if self._handing_over._is_owned():  # type: ignore[attr-defined]
-            self._handing_over.release()
+        try:
+            while self._handing_over._is_owned():  # type: ignore[attr-defined]
+                self._handing_over.release()
+        except RuntimeError:
+            pass  # a signal handler has forked in between, and done it
 
     def after_fork_in_child(self) -> None:
         """Give the descriptors back; the parent goes on with what it was connecting."""
@@ -459,7 +473,8 @@ class Connector:
         connection = None
         try:
             connection = make_connection(pool, self._find_loop)
-            self._connecting = connection
+            with self._handing_over:  # a fork has looked, and seen nothing
+                self._connecting = connection
             stall_timeout = float(connection.socket_timeout or 0)
             health_interval = float(connection.health_check_interval or 0)
             connection.connect()

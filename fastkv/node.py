@@ -20,7 +20,7 @@ from typing import Any
 
 from redis.exceptions import ConnectionError
 
-from fastkv import commands, telemetry
+from fastkv import commands, forking, telemetry
 from fastkv._core import (
     Batch,
     Code,
@@ -60,7 +60,7 @@ class TileFuture(Future[list[bool]]):
 
     def __init__(self, finish: Callable[[], list[bool]], cancel: Callable[[], None]):
         super().__init__()
-        self._condition = Condition()
+        self._condition: Condition = Condition()
         self._finish = finish
         self._cancel = cancel
 
@@ -69,6 +69,14 @@ class TileFuture(Future[list[bool]]):
         if cancelled:
             self._cancel()
         return cancelled
+
+    def result(self, timeout: float | None = None) -> list[bool]:
+        forking.let_go()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        forking.let_go()
+        return super().exception(timeout)
 
     def _drained(self) -> None:
         try:
@@ -85,13 +93,12 @@ class TileFuture(Future[list[bool]]):
             del self  # the traceback of the error holds this frame
 
     def _forked(self) -> None:
-        # The thread that held the old one, if any, does not exist here. Nor do the
-        # threads and loops that callbacks and waiters belong to, and locks of theirs
-        # may be held.
-        self._condition = Condition()
+        # The threads and loops that callbacks and waiters belong to do not exist here,
+        # and locks of theirs may be held.
         self.__dict__["_done_callbacks"] = []
         self.__dict__["_waiters"] = []
         self._finish = self._cancel = _nothing
+        self._condition.forked()
         if not self.done():
             self.set_exception(
                 ConnectionError("The batch was submitted before a fork, in the parent.")
@@ -108,7 +115,7 @@ class Node:
         stats: Stats,
         unused: Callable[[Node], None],
     ) -> None:
-        """Start.
+        """Make all but what `begin` starts.
 
         Args:
             pool: Where redis-py's connections come from; not kept alive.
@@ -125,7 +132,7 @@ class Node:
             getattr(pool, "max_connections", 1 << 30)
         )
         self.closed = False
-        self._pid = os.getpid()
+        self.pid = os.getpid()
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # clients
         self.pool = weakref.ref(pool)
         self._broken = False  # a worker has died
@@ -150,10 +157,14 @@ class Node:
         self._finalizer = weakref.finalize(pool, self._engine.wake_connector)
         self._finalizer.atexit = False
 
+    def begin(self) -> None:
+        """Connect from now on. A fork must know of us first."""
+        self._connector.begin()
+
     @property
     def usable(self) -> bool:
         """Whether new batches are taken. A fork in C tells nobody."""
-        return not (self.closed or self._broken) and self._pid == os.getpid()
+        return not (self.closed or self._broken) and self.pid == os.getpid()
 
     # --- the four ways to wait -------------------------------------------------------
 
@@ -313,6 +324,7 @@ class Node:
 
     def retire_connections(self) -> None:
         """Let every connection end once it is idle; the next batch opens new ones."""
+        forking.let_go()
         if not self.closed:
             self._engine.retire_connections()
 
@@ -342,11 +354,15 @@ class Node:
         self._engine.close_fds()
 
     def before_fork(self) -> None:
-        """One of the next two must follow, also if a signal handler's exception cuts
+        """One of the last two must follow, also if a signal handler's exception cuts
         this short.
         """
         self._connector.before_fork()
         self._engine.before_fork()
+
+    def look_before_fork(self) -> bool:
+        """See `fastkv.connector.Connector.look_before_fork`."""
+        return self._connector.look_before_fork()
 
     def after_fork_in_parent(self) -> None:
         """Go on. May be called again."""
@@ -388,7 +404,10 @@ class Node:
         return code
 
     def _retry_policy(self) -> RetryPolicy:
-        """Of the pool's settings of this moment: `set_retry` may change them."""
+        """Of the pool's settings of this moment: `set_retry` may change them. Whoever
+        submits a batch comes here.
+        """
+        forking.let_go()
         pool = self.pool()
         if pool is None:
             raise ConnectionError("The connection pool is gone.")

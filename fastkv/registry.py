@@ -7,12 +7,14 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+from fastkv import forking
 from fastkv._core import Stats, after_fork_in_parent
 from fastkv.connector import Pool, address_of
 from fastkv.info import TileInfo, cluster_info, node_info
@@ -21,9 +23,11 @@ from fastkv.node import Node
 from fastkv.options import TileOptions
 from fastkv.shielded import shielded
 
+_Result = TypeVar("_Result")
+
 _nodes: weakref.WeakKeyDictionary[Pool, Node] = weakref.WeakKeyDictionary()
 # Those that somebody is about to close, too: a fork has to know all.
-_alive: weakref.WeakSet[Node] = weakref.WeakSet()
+_alive: weakref.WeakValueDictionary[int, Node] = weakref.WeakValueDictionary()
 # Counts outlive nodes: those of a pool, or of a cluster client, there by node, "" being
 # calls over all of them.
 _stats: weakref.WeakKeyDictionary[Any, dict[str, Stats]] = weakref.WeakKeyDictionary()
@@ -56,11 +60,12 @@ def node_of(
             if node is None or not node.usable:
                 broken = node
                 node = Node(of_pool, options, stats, _close_unused)
-                _alive.add(node)
                 try:
+                    _alive[id(node)] = node  # first: a fork may come
+                    node.begin()
                     _watch(of_pool, node)
                     _nodes[of_pool] = node
-                except BaseException:  # no memory
+                except BaseException:  # no memory, or no more threads
                     node.close()
                     raise
             elif not any_options and options not in (TileOptions(), node.options):
@@ -75,7 +80,15 @@ def node_of(
             broken.close()
         return node
 
-    return shielded(start)
+    return _shielded(start)
+
+
+def _shielded(work: Callable[[], _Result]) -> _Result:
+    """`shielded`, but not while this thread forks: a helper might wait for that."""
+    if forking.is_here():
+        forking.let_go()
+        return work()
+    return shielded(work)
 
 
 def stats_of(owner: Any, name: str = "") -> Stats:
@@ -113,7 +126,7 @@ def leave_node(client: Any, node: Node) -> None:
     _check_fork()
     try:
         node.users.discard(client)
-        shielded(partial(_close_unused, node))
+        _shielded(partial(_close_unused, node))
     except BaseException:
         node.wake_connector()  # it will see to it
         raise
@@ -181,48 +194,69 @@ def _unwatch(pool: Pool) -> None:
 
 # --- fork and exit -------------------------------------------------------------------
 
-# Two threads may fork at once. It knows its owner: where an exception of a signal
-# handler's comes is not known, and the fork goes on in spite of it.
-_fork_lock = threading.RLock()
-_forking: list[Node] = []
+
+def _living() -> list[Node]:
+    """At once: other threads start nodes meanwhile."""
+    nodes = [ref() for ref in _alive.valuerefs()]
+    return [node for node in nodes if node is not None]
+
+
+_MOST_LOOKS = 20  # at sockets in the making: a name's resolution may take long
 
 
 def _before_fork() -> None:
-    _fork_lock.acquire()
-    for node in list(_alive):
-        _forking.append(node)
+    forking.lock.acquire()
+    nodes = _living()
+    for node in nodes:
+        forking.held.append(node)
         node.before_fork()
+    # Last, and all at once: while this sleeps, or waits for a node, sockets are made.
+    for _ in range(_MOST_LOOKS):
+        looks = [node.look_before_fork() for node in nodes]
+        if all(looks):
+            break
+        time.sleep(0.0002)
 
 
 def _after_fork_in_child() -> None:
     global _lock, _pid
     # Whoever held them does not exist here.
-    _fork_lock._at_fork_reinit()  # type: ignore[attr-defined]
+    forking.lock._at_fork_reinit()  # type: ignore[attr-defined]
     _lock = threading.RLock()
-    _pid = os.getpid()
-    _forking.clear()
-    pools = list(_nodes)
-    _nodes.clear()
+    forking.held.clear()
     _stats.clear()  # what happened so far is the parent's
-    for pool in pools:
-        _unwatch(pool)
-    # Not only those of _before_fork: a fork in C does not call that.
-    nodes = list(_alive)
-    _alive.clear()
+    # Not only those of _before_fork: a fork in C does not call that. Nor all: a signal
+    # handler may have started some before we came so far.
+    pid = os.getpid()
+    nodes = [node for node in _living() if node.pid != pid]
+    for node in nodes:
+        _alive.pop(id(node), None)
+        pool = node.pool()
+        if pool is not None and _nodes.get(pool) is node:
+            _nodes.pop(pool, None)
+            _unwatch(pool)
+    _pid = pid  # from here on others may start nodes
     with ExitStack() as each:  # though one raises
         for node in nodes:
             each.callback(node.after_fork_in_child)
 
 
+# By process: what the parent's threads held, nobody lets go in a child.
+_checks: dict[int, threading.RLock] = {}
+
+
 def _check_fork() -> None:
     """A fork in C may have told nobody."""
-    if _pid != os.getpid():
-        _after_fork_in_child()
+    pid = os.getpid()
+    if _pid != pid:
+        with _checks.setdefault(pid, threading.RLock()):
+            if _pid != pid:
+                _after_fork_in_child()
 
 
 def _close_all() -> None:
     _check_fork()
-    for node in list(_nodes.values()):
+    for node in _living():
         node.close()
 
 
@@ -230,6 +264,6 @@ def _close_all() -> None:
 atexit.register(_close_all)
 os.register_at_fork(
     before=_before_fork,
-    after_in_parent=partial(after_fork_in_parent, _forking, _fork_lock),
+    after_in_parent=partial(after_fork_in_parent, forking.held, forking.lock),
     after_in_child=_after_fork_in_child,
 )

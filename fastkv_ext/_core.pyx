@@ -1054,18 +1054,23 @@ cdef class Engine:
 def after_fork_in_parent(list nodes, lock):
     """Tell all nodes that the fork is over, and release the RLock, if it is this thread's. Here,
     because no signal handler can come between two steps; one that comes in a node is raised in
-    the end, and the node told again."""
+    the end, and the node told again. It may have forked: the list then is the outer fork's, too,
+    or empty, in its child."""
     error = None
+    cdef Py_ssize_t told = 0
     if not lock._is_owned():
         return
-    while nodes:
+    while told < len(nodes):
         try:
-            nodes[len(nodes) - 1].after_fork_in_parent()
+            nodes[told].after_fork_in_parent()
         except BaseException as raised:
             error = raised
         else:
-            nodes.pop()
-    lock.release()
+            told += 1
+    if lock._is_owned():
+        lock.release()
+    if not lock._is_owned():
+        nodes.clear()
     if error is not None:
         raise error
 

@@ -10,16 +10,16 @@ import redis.asyncio
 from fastkv._core import Batch
 from fastkv.asyncio.tiles import Tiles
 from fastkv.info import TileInfo
-from fastkv.node import Node
 from fastkv.options import TileOptions, options_of_url, signed_as
-from fastkv.registry import info_of_pool, leave_node, node_of, registered_node
+from fastkv.pooled import Pooled
+from fastkv.registry import info_of_pool, leave_node
 
 if TYPE_CHECKING:
     from redis._parsers.encoders import Encoder
     from typing_extensions import Self
 
 
-class Redis(Tiles, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's own bases disagree
+class Redis(Tiles, Pooled, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's own bases disagree
     """redis-py's `redis.asyncio.Redis` with the calls of `fastkv.Redis` as coroutines.
 
     One client may be used from several event loops at once, as far as the
@@ -36,9 +36,10 @@ class Redis(Tiles, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's own
         tile_range_bytes: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self._tile_node: Node | None = None
-        self._tile_options = TileOptions(
-            tile_workers, tile_connections, tile_window_bytes, tile_range_bytes
+        self._start_pooled(
+            TileOptions(
+                tile_workers, tile_connections, tile_window_bytes, tile_range_bytes
+            )
         )
         super().__init__(**kwargs)
 
@@ -70,20 +71,12 @@ class Redis(Tiles, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's own
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         """As redis-py's. Ends the native connections as `fastkv.Redis.close` does."""
-        node = self._tile_node or registered_node(self)
-        self._tile_node = None
-        if node is not None:
+        for node in self._nodes_to_leave():
             # Joins threads, which may take a moment.
             await asyncio.get_running_loop().run_in_executor(
                 None, leave_node, self, node
             )
         await super().aclose(close_connection_pool)
-
-    def _node(self) -> Node:
-        node = self._tile_node
-        if node is None or not node.usable:
-            node = self._tile_node = node_of(self, self._tile_options)
-        return node
 
     def _tile_encoder(self) -> Encoder:
         encoder: Encoder = self.connection_pool.get_encoder()

@@ -760,7 +760,7 @@ if first:
 
 
 def test_an_interpreter_without_its_lock_is_refused_clearly() -> None:
-    """PYTHON_GIL=0 in a free-threaded build, seldom at hand; others turn it on for us."""
+    """PYTHON_GIL=0 in a free-threaded build, seldom at hand; others turn it on."""
     code = "import sys; sys._is_gil_enabled = lambda: False; import fastkv"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1

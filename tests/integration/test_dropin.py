@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import pickle
@@ -12,11 +13,14 @@ from typing import Any
 
 import pytest
 import redis
+import redis.asyncio
 
 import fastkv
 import fastkv.asyncio
 from fastkv.cli.private_server import PrivateServer
 from tests.conftest import Endpoint, eventually, fastkv_threads
+from tests.faults.held import HeldServer
+from tests.scripted import ModelServer
 
 
 def native_connections(plain: redis.Redis) -> list[dict[str, str]]:
@@ -225,6 +229,51 @@ def test_a_client_can_be_used_again_after_close(client: fastkv.Redis) -> None:
         client.close()
         assert fastkv_threads() == []
         assert client.ping()
+
+
+@pytest.mark.parametrize("how", ["blocking", "future", "asyncio"])
+def test_a_client_whose_pool_is_replaced_asks_the_new_server(how: str) -> None:
+    """What the old one has been asked still arrives."""
+    awaited = how == "asyncio"
+
+    def ask(client: Any, got: bytearray) -> Any:
+        if awaited:
+            return asyncio.ensure_future(client.batch_tile_get(["v"], [got]))
+        return client.submit_batch_tile_get(["v"], [got])
+
+    async def get(client: Any) -> bytes:
+        got = bytearray(3)
+        if how == "blocking":
+            assert client.batch_tile_get(["v"], [got], timeout=30) == [True]
+        else:
+            future = ask(client, got)
+            assert (await future if awaited else future.result(30)) == [True]
+        return bytes(got)
+
+    async def check() -> None:
+        client = (fastkv.asyncio if awaited else fastkv).Redis(port=old.port)
+        pools: Any = redis.asyncio if awaited else redis
+        pool, other = client.connection_pool, pools.ConnectionPool(port=new.port)
+        slow = bytearray(3)
+        future = ask(client, slow)
+        await asyncio.to_thread(old.reached.wait, 30)
+        client.connection_pool = other
+        assert await get(client) == b"new"
+        old.go_on.set()
+        assert (await future if awaited else future.result(30)) == [True]
+        assert slow == b"old"
+        client.connection_pool = pool
+        assert await get(client) == b"old"
+        client.connection_pool = other
+        assert await get(client) == b"new"
+        # The old one's threads have ended.
+        assert eventually(lambda: fastkv_threads().count("fastkv-connector") == 1)
+        await client.aclose() if awaited else client.close()
+        assert eventually(lambda: not fastkv_threads())
+
+    with HeldServer(1, "asked") as old, ModelServer(2) as new:
+        old.data[b"v"], new.data[b"v"] = b"old", b"new"
+        asyncio.run(check())
 
 
 def test_clients_of_one_pool_share_connections_and_the_last_one_ends_them(

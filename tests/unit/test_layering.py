@@ -47,15 +47,19 @@ PYTHON = {
     "awaited": set(),
     "log": set(),
     "connector": {"_core", "_version", "awaited", "errors", "log", "shielded", "tls"},
+    "forking": set(),
     "options": set(),
     "shielded": set(),
     "telemetry": {"_core", "connector"},
     "node": {
-        *("_core", "commands", "connector", "errors", "log", "options", "shielded"),
-        "telemetry",
+        *("_core", "commands", "connector", "errors", "forking", "log", "options"),
+        *("shielded", "telemetry"),
     },
     "info": {"_core"},
-    "registry": {"_core", "connector", "info", "log", "node", "options", "shielded"},
+    "registry": {
+        *("_core", "connector", "forking", "info", "log", "node", "options"),
+        "shielded",
+    },
     "refresher": {"errors", "log", "shielded"},
     "rounds": {"_core", "commands", "errors", "info", "node", "refresher"},
     "topology": {
@@ -63,7 +67,8 @@ PYTHON = {
         "rounds",
     },
     "tiles": {"_core", "buffers", "commands", "node"},
-    "client": {"_core", "info", "node", "options", "registry", "tiles"},
+    "pooled": {"node", "options", "registry"},
+    "client": {"_core", "info", "node", "options", "pooled", "registry", "tiles"},
     "cluster": {
         *("_core", "connector", "node", "options", "refresher", "rounds", "tiles"),
         "topology",
@@ -71,7 +76,7 @@ PYTHON = {
     "sentinel": {"client", "options"},
     "asyncio": {
         *("_core", "buffers", "commands", "connector", "info", "node", "options"),
-        *("refresher", "registry", "rounds", "topology"),
+        *("pooled", "refresher", "registry", "rounds", "topology"),
     },
     "metrics": {"info"},
     "lmcache": {

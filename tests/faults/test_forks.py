@@ -1,0 +1,431 @@
+"""What else happens while a process forks: handlers and hooks on the same thread, other
+threads, and forks in between. (Forks at every stage of a batch: `test_processes.py`.)
+
+Parent and child go on, and no descriptor of the parent's is left to the child.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import redis
+
+import fastkv
+from fastkv import connector, registry
+from fastkv.node import Node
+from tests.conftest import eventually, open_fds
+from tests.faults.conftest import LONG
+from tests.faults.held import HeldServer
+from tests.faults.test_processes import Child
+from tests.scripted import ModelServer
+
+HOME = os.path.dirname(fastkv.__file__)
+
+
+def fork() -> None:
+    """One whose child ends at once."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def check(client: fastkv.Redis) -> None:
+    client.connection_pool.disconnect()  # so that it needs a new connection
+    assert client.batch_tile_exists(["v"], timeout=20) == [False]
+
+
+def check_future(client: fastkv.Redis) -> None:
+    client.connection_pool.disconnect()
+    assert client.submit_batch_tile_exists(["v"], timeout=20).result() == [False]
+
+
+USES: dict[str, Callable[[fastkv.Redis], None]] = {
+    "close": fastkv.Redis.close,
+    "call": check,
+    "future": check_future,
+    "fork": lambda client: fork(),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_client_is_used_at_any_line_of_a_fork(use: str) -> None:
+    """By a signal handler, on the thread that forks; in the child, too."""
+    parent = os.getpid()
+    left = used = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left, used
+        if not frame.f_code.co_filename.startswith(HOME):
+            return None
+        if event in ("call", "line"):
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                used += 1
+                if os.getpid() != parent:
+                    signal.alarm(30)  # ends a child that hangs
+                for client in clients:
+                    USES[use](client)
+        return trace
+
+    with ModelServer(1) as server:
+        clients = [fastkv.Redis(port=server.port, tile_workers=1) for _ in range(2)]
+        at = 0
+        while left <= 0:
+            at += 1 if LONG or at < 20 else 2
+            for client in clients:
+                assert client.batch_tile_exists(["v"], timeout=20) == [False]
+            left = at
+            sys.settrace(trace)
+            pid = os.fork()
+            sys.settrace(None)
+            if pid == 0:
+                os._exit(0 if left > 0 or used else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            # Whatever this thread holds, others find it free.
+            done: list[object] = []
+
+            def go_on(done: list[object] = done) -> None:
+                for client in clients:
+                    check(client)
+                fork()
+                done.append(None)
+
+            thread = threading.Thread(target=go_on, daemon=True)
+            thread.start()
+            thread.join(30)
+            assert done, at
+        for client in clients:
+            client.close()
+    assert used > 20
+
+
+# In a hook, a fork of its own hangs: concurrent.futures has taken a lock.
+@pytest.mark.parametrize("use", ["close", "call", "future"])
+def test_a_hook_that_comes_after_ours_uses_a_client(use: str) -> None:
+    """Hooks that were registered before fastkv was imported run after its own."""
+    code = """
+import os, sys
+clients = []
+def hook():
+    while clients:
+        USES[sys.argv[2]](clients.pop())
+os.register_at_fork(before=hook)
+import fastkv
+from tests.faults.test_forks import USES, check, fork
+client = fastkv.Redis(port=int(sys.argv[1]))
+for _ in range(2):
+    check(client)
+    clients.append(client)
+    fork()
+    assert not clients
+    check(client)
+client.close()
+"""
+    with ModelServer(1) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(server.port), use],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def forks_while(
+    wait: Callable[[], object], reached: threading.Event, go_on: threading.Event
+) -> object:
+    """What ``wait`` returned or raised in the parent; its child's status was that of
+    `repr`, as told by a pipe.
+    """
+    read, write = os.pipe()
+    children: list[int] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        children.append(os.fork())
+        if children[-1] == 0:
+            signal.alarm(30)
+
+    def meanwhile() -> None:
+        assert reached.wait(30)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        assert eventually(lambda: bool(children))
+        go_on.set()
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    thread = threading.Thread(target=meanwhile)
+    thread.start()
+    result: object = None
+    try:
+        result = wait()
+    except Exception as error:
+        result = f"{error}"
+    finally:
+        if children and children[-1] == 0:
+            os.write(write, f"{result}".encode())
+            os._exit(0)
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+        os.close(write)
+        told = os.read(read, 1000).decode()
+        os.close(read)
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
+    return result, told
+
+
+@pytest.mark.parametrize("how", ["result", "exception"])
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_a_signal_handler_forks_while_a_future_is_awaited(
+    how: str, timeout: float | None
+) -> None:
+    with HeldServer(1, "asked") as server:
+        client = fastkv.Redis(port=server.port, tile_connections=1)
+        future = client.submit_batch_tile_exists(["v"])
+        result = forks_while(
+            lambda: getattr(future, how)(timeout), server.reached, server.go_on
+        )
+        client.close()
+    lost = "The batch was submitted before a fork, in the parent."
+    assert result == ([False] if how == "result" else None, lost)
+
+
+@pytest.mark.parametrize("where", ["start", "close"])
+def test_a_signal_handler_forks_while_threads_are_started_or_joined(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = os.getpid()
+    reached, go_on = threading.Event(), threading.Event()
+    name = {"start": "begin", "close": "close"}[where]
+    before: Callable[[Node], None] = getattr(Node, name)
+
+    def slow(self: Node) -> None:
+        if os.getpid() == parent:
+            reached.set()
+            assert go_on.wait(30)
+        before(self)
+
+    with ModelServer(1) as server:
+        client = fastkv.Redis(port=server.port)
+        if where == "close":
+            assert client.batch_tile_exists(["v"]) == [False]
+        monkeypatch.setattr(Node, name, slow)
+
+        def use() -> object:
+            if where == "close":
+                return client.close()
+            return client.batch_tile_exists(["v"], timeout=20)
+
+        result = forks_while(use, reached, go_on)
+        assert result == ((None, "None") if where == "close" else ([False], "[False]"))
+        client.close()
+
+
+def test_a_connection_that_begins_during_a_fork_is_not_inherited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When its node has been looked at, and is held."""
+    inside, go_on = threading.Event(), threading.Event()
+    make, before = connector.make_connection, Node.before_fork
+    held: list[Node] = []
+
+    def slow(*args: Any) -> Any:
+        inside.set()
+        assert go_on.wait(30)
+        return make(*args)
+
+    def late(self: Node) -> None:
+        before(self)
+        held.append(self)
+        if len(held) == 2:
+            go_on.set()
+            # For nothing, if all is well.
+            for _ in range(30):
+                if server.connections > connections:
+                    break
+                time.sleep(0.01)
+
+    def connected() -> set[str]:
+        """Sockets of clients."""
+        found = set()
+        for fd, what in open_fds().items():
+            if what.startswith("socket"):
+                with socket.socket(fileno=os.dup(fd)) as one:
+                    try:
+                        port = one.getpeername()[1]
+                    except (OSError, IndexError):
+                        continue  # not connected, or of a socketpair
+                    if port == server.port:
+                        found.add(what)
+        return found
+
+    with ModelServer(1) as server:
+        clients = [fastkv.Redis(port=server.port, tile_connections=1) for _ in range(2)]
+        for client in clients:
+            check(client)
+        monkeypatch.setattr(connector, "make_connection", slow)
+        monkeypatch.setattr(Node, "before_fork", late)
+        thread = threading.Thread(target=check, args=clients[:1])
+        thread.start()
+        assert inside.wait(30)
+        connections = server.connections
+
+        def work() -> None:
+            assert not connected()
+
+        child = Child(work)
+        child.go_on()
+        thread.join(30)
+        assert not thread.is_alive()
+        child.end()
+        for client in clients:
+            client.close()
+
+
+def test_a_fork_while_a_node_starts_leaves_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+    before = connector.started
+
+    def slow(run: Callable[[], None], name: str) -> threading.Thread:
+        inside.set()
+        assert go_on.wait(30)
+        return before(run, name)
+
+    monkeypatch.setattr(connector, "started", slow)
+    with ModelServer(1) as server:
+        client = fastkv.Redis(port=server.port)
+        thread = threading.Thread(target=lambda: client.batch_tile_exists(["v"]))
+        thread.start()
+        assert inside.wait(30)
+
+        def work() -> None:
+            assert not [what for what in open_fds().values() if "event" in what]
+
+        child = Child(work)
+        child.go_on()
+        child.end()
+        go_on.set()
+        thread.join()
+        client.close()
+
+
+def test_a_node_that_starts_while_a_fork_looks_for_all_is_no_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raised: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    parent = os.getpid()
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        # Where weak references are gone through.
+        if "weakref" not in frame.f_code.co_filename or os.getpid() != parent:
+            return None
+        if event == "line" and len(clients) < 20:
+            clients.append(fastkv.Redis(port=server.port, tile_workers=1))
+            thread = threading.Thread(target=clients[-1]._node)
+            thread.start()
+            thread.join()
+        return trace
+
+    with ModelServer(1) as server:
+        clients = [fastkv.Redis(port=server.port, tile_workers=1) for _ in range(2)]
+        for client in clients:
+            client._node()
+        sys.settrace(trace)
+        pid = os.fork()
+        sys.settrace(None)
+        if pid == 0:
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert not raised
+        assert len(clients) > 2
+        for client in clients:
+            check(client)
+            client.close()
+
+
+class ParentsNode:
+    pid = -1
+
+    def __init__(self, pool: redis.ConnectionPool) -> None:
+        self.pool = lambda: pool
+
+    def after_fork_in_child(self) -> None:
+        pass
+
+
+def test_who_comes_second_after_a_fork_in_c_waits_for_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their new nodes must not be taken for the parent's."""
+    inside, over = threading.Event(), threading.Event()
+
+    def unwatch(pool: object) -> None:
+        inside.set()
+        over.wait(0.3)  # unless the second waits for us
+
+    with ModelServer(1) as server:
+        client = fastkv.Redis(port=server.port)
+        pool = redis.ConnectionPool()
+        parents: Any = ParentsNode(pool)
+        registry._nodes[pool] = registry._alive[id(parents)] = parents
+        with monkeypatch.context() as patch:
+            patch.setattr(registry, "_unwatch", unwatch)
+            patch.setattr(registry, "_pid", -1)  # as if we were the child
+            first = threading.Thread(target=registry._check_fork)
+            first.start()
+            assert inside.wait(30)
+            node = client._node()
+            over.set()
+            first.join()
+        assert node.usable
+        check(client)
+        assert client._tile_node is node
+        client.close()
+
+
+def test_a_handler_uses_a_client_in_a_child_before_the_rest_is_told_of_the_fork(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The child's nodes are not taken for the parent's."""
+    before = registry._living
+
+    def living() -> list[Node]:
+        monkeypatch.undo()
+        check(client)
+        return before()
+
+    with ModelServer(1) as server:
+        client = fastkv.Redis(port=server.port)
+        check(client)
+        parent = os.getpid()
+
+        def at_fork() -> list[Node]:
+            return before() if os.getpid() == parent else living()
+
+        def work() -> None:
+            node = client._tile_node
+            assert node is not None
+            assert node.usable
+            check(client)
+            assert client._tile_node is node
+            client.close()
+
+        monkeypatch.setattr(registry, "_living", at_fork)
+        child = Child(work)
+        child.go_on()
+        child.end()
+        monkeypatch.undo()
+        client.close()
