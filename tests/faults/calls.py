@@ -7,13 +7,13 @@ import concurrent.futures
 import itertools
 import random
 import time
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar, Protocol
 
 import redis
 import redis.asyncio.retry
 from redis.backoff import AbstractBackoff, NoBackoff
-from redis.exceptions import ConnectionError, TimeoutError
+from redis.exceptions import ConnectionError, RedisClusterException, TimeoutError
 from redis.retry import Retry
 
 import fastkv
@@ -65,8 +65,10 @@ class Caller(Protocol):
 class Futures:
     """The calls that give futures."""
 
+    made_by: ClassVar[Any] = fastkv.Redis
+
     def __init__(self, **kwargs: Any) -> None:
-        self.client = fastkv.Redis(**kwargs)
+        self.client = self.made_by(**kwargs)
 
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> list[bool]:
         future = getattr(self.client, f"submit_{name}")(*args, **kwargs)
@@ -106,9 +108,11 @@ class Blocking(Futures):
 class Awaited:
     """The calls that are awaited, on a loop of their own."""
 
+    made_by: ClassVar[Any] = fastkv.asyncio.Redis
+
     def __init__(self, **kwargs: Any) -> None:
         self._loop = asyncio.new_event_loop()
-        self.client = fastkv.asyncio.Redis(**kwargs)
+        self.client = self.made_by(**kwargs)
 
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> list[bool]:
         async def call() -> list[bool]:
@@ -136,11 +140,19 @@ WAYS: dict[str, type[Futures] | type[Awaited]] = {
 }
 
 
+class Store(Protocol):
+    """What a trial needs of redis-py's client."""
+
+    def mset(self, mapping: Any, /) -> Any: ...
+    def mget(self, keys: Any, /) -> Any: ...
+    def unlink(self, *keys: Any) -> Any: ...
+
+
 class Trial:
     """One call, on keys of its own, and what became of it.
 
     A value of each of ``sizes``. Every other key exists beforehand; a get finds all but
-    the last, if there are several.
+    the last, if there are several. The keys begin with ``names`` in turn.
 
     Attributes:
         error: What the call raised, if it did.
@@ -149,15 +161,19 @@ class Trial:
 
     def __init__(
         self,
-        plain: redis.Redis,
+        plain: Store,
         random_: random.Random,
         command: str,
         sizes: Sequence[int],
+        names: Sequence[str] = ("",),
     ) -> None:
         self._plain = plain
         self._command = command
         number = next(_number)
-        self.keys = [f"trial{number}:{i}" for i in range(len(sizes))]
+        self.keys = [
+            f"{name}trial{number}:{i}"
+            for i, name in zip(range(len(sizes)), itertools.cycle(names), strict=False)
+        ]
         self._old: list[bytes | None] = [random_.randbytes(size) for size in sizes]
         if command.startswith("get"):
             if len(sizes) > 1:
@@ -184,7 +200,7 @@ class Trial:
         began = time.monotonic()
         try:
             self.hits = self._call(caller, kwargs)
-        except (ConnectionError, TimeoutError) as error:
+        except (ConnectionError, TimeoutError, RedisClusterException) as error:
             self.error = error
         self.took = time.monotonic() - began
         if self.hits is not None and self._command.startswith("get"):
@@ -214,13 +230,14 @@ class Trial:
             )
         return caller(f"batch_tile_{self._command}", self.keys, **kwargs)
 
-    def settle(self, repeated: bool = False) -> None:
+    def settle(self, repeated: bool = False, answered: Collection[int] = ()) -> None:
         """Later, when the network is healed: nobody has written the memory meanwhile,
         and the server has what the call said, or what it may have if the call failed.
         Forgets the keys.
 
         Args:
             repeated: A connection was lost, so the call may have been sent twice.
+            answered: Keys that were done even if the call failed.
         """
         for buffer in self.buffers:
             assert buffer.count(self._pattern) == len(buffer), (
@@ -230,14 +247,22 @@ class Trial:
         for i, (value, old, new) in enumerate(
             zip(there, self._old, self._new, strict=True)
         ):
-            self._settle_key(
-                value, old, new, None if self.hits is None else self.hits[i]
-            )
+            hit = None
+            if self.hits is not None:
+                hit = self.hits[i]
+            elif i in answered:
+                hit = self._due(old)
+            self._settle_key(value, old, new, hit)
             if self.hits is not None and self._command == "delete":
                 assert self.hits[i] == (old is not None) or (
                     repeated and not self.hits[i]
                 )
         self._plain.unlink(*self.keys)
+
+    def _due(self, old: bytes | None) -> bool:
+        if self._command.startswith("set"):
+            return self._command == "set" or old is None
+        return old is not None
 
     def _settle_key(
         self, value: bytes | None, old: bytes | None, new: bytes, hit: bool | None

@@ -10,19 +10,18 @@ import itertools
 import os
 import random
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 from redis.backoff import ConstantBackoff, NoBackoff
 from redis.exceptions import ConnectionError, TimeoutError
 
 from fastkv.cli.private_server import ServerBinary
 from tests.conftest import SERVERS
-from tests.faults.calls import COMMANDS, WAYS, Caller, Trial
+from tests.faults.calls import COMMANDS, WAYS, Caller, Store, Trial
 from tests.faults.conftest import LONG
 from tests.faults.proxy import Fault, Proxy
 from tests.tls import Authority, TlsServer
@@ -46,9 +45,16 @@ class Line:
     """What leads from a client to a server."""
 
     proxy: Proxy
-    plain: redis.Redis  # of the server itself
+    plain: Store  # of the server itself
     kwargs: dict[str, Any]  # for a client
     thorough: bool  # in the long form, each byte
+    ways: Mapping[str, Callable[..., Caller]] = field(default_factory=lambda: WAYS)
+    names: Sequence[str] = ("",)  # what keys begin with
+
+    def trial(
+        self, random_: random.Random, command: str, sizes: Sequence[int]
+    ) -> Trial:
+        return Trial(self.plain, random_, command, sizes, self.names)
 
     @property
     def brisk(self) -> dict[str, float]:
@@ -102,7 +108,7 @@ def line(
 
 @contextlib.contextmanager
 def calling(ways: list[str], line: Line, **kwargs: Any) -> Iterator[list[Caller]]:
-    callers: list[Caller] = [WAYS[way](**line.kwargs, **kwargs) for way in ways]
+    callers: list[Caller] = [line.ways[way](**line.kwargs, **kwargs) for way in ways]
     try:
         yield callers
     finally:
@@ -143,7 +149,7 @@ def bytes_of_a_call(
     with calling(["futures"], line, **SINGLE, **CALM) as (caller,):
         for _ in "ab":
             line.proxy.heal()
-            trial = Trial(line.plain, random_, command, sizes).run(caller)
+            trial = line.trial(random_, command, sizes).run(caller)
             assert trial.error is None
         return line.proxy.passed()
 
@@ -172,11 +178,12 @@ def strike(
     fault: Fault,
     retries: int,
     enough: int,
+    answered: Collection[int] = (),
 ) -> None:
     """Make a call with ``retries`` in which a fault strikes, then one with ``enough``,
-    when the network is healed.
+    when the network is healed. What the fault does not concern is ``answered``.
     """
-    trial, following = [Trial(line.plain, random_, *call) for call in calls]
+    trial, following = [line.trial(random_, *call) for call in calls]
     line.proxy.inject(fault)
     caller.retries(retries)
     trial.run(caller)
@@ -198,7 +205,7 @@ def strike(
         assert retries == 0 or unknown
         due = ConnectionError if unknown else DUE[fault.kind]
         assert isinstance(trial.error, due), repr(trial.error)
-    trial.settle(repeated=retries > 0)
+    trial.settle(retries > 0, answered)
     following.settle(repeated=enough > 0)
 
 
