@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from fastkv.node import Node
@@ -18,7 +19,8 @@ class Pooled:
     def _start_pooled(self, options: TileOptions) -> None:
         self._tile_options = options
         self._tile_node: Node | None = None
-        self._tile_replaced: list[Node] = []  # of earlier pools
+        self._tile_pool: Any = None  # its; it connects for what is in flight
+        self._tile_replaced: list[tuple[Node, Any]] = []  # of earlier pools, and those
 
     def _node(self) -> Node:
         if self._tile_replaced:
@@ -26,36 +28,45 @@ class Pooled:
         node = self._tile_node
         pool = self.connection_pool
         if node is None or not node.usable or node.pool() is not pool:
-            old, node = node, node_of(self, self._tile_options)
-            self._tile_node = node
-            if old is not None and old is not node:
-                self._tile_replaced.append(old)
-                self._leave_replaced()
+            if node is not None:  # first: an interrupt may come
+                self._tile_replaced.append((node, self._tile_pool))
+            node = node_of(self, self._tile_options)
+            self._tile_node, self._tile_pool = node, pool
+            self._leave_replaced()
         return node
 
     def _leave_replaced(self) -> None:
         # One that still carries batches must not be closed under them.
-        replaced, self._tile_replaced = self._tile_replaced, []
-        for node in replaced:
-            if node is self._tile_node:
-                continue  # its pool has come back
-            if node.usable and not node.idle:
-                self._tile_replaced.append(node)
-            else:
+        for entry in list(self._tile_replaced):
+            node = entry[0]
+            if node is not self._tile_node:  # or its pool has come back
+                if node.usable and not node.idle:
+                    continue
                 drop_node(self, node)  # joins no threads: this may be an event loop
+            with suppress(ValueError):  # another thread was first
+                self._tile_replaced.remove(entry)
 
     def _take_nodes(self) -> Iterator[Node]:
-        """Those to leave; the next call starts anew."""
-        node, self._tile_node = self._tile_node, None
-        if node is not None:
+        """Those to leave, forgotten one by one; the next call starts anew."""
+        while True:
+            node = self._tile_node
+            if node is None:
+                break
             yield node
-        replaced, self._tile_replaced = self._tile_replaced, []
-        yield from replaced
+            if self._tile_node is node:
+                self._tile_node = self._tile_pool = None
+        while self._tile_replaced:
+            entry = self._tile_replaced[-1]
+            yield entry[0]
+            with suppress(ValueError):
+                self._tile_replaced.remove(entry)
 
     def _nodes_to_leave(self) -> Iterator[Node]:
         """With one that an interrupt kept us from hearing of."""
-        self._tile_node = self._tile_node or registered_node(self)
-        return self._take_nodes()
+        yield from self._take_nodes()
+        node = registered_node(self)
+        if node is not None:
+            yield node
 
     def _drop_nodes(self) -> None:
         """For ``__del__``, also of one that is half made."""

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -69,8 +70,31 @@ class Shared(Future[_Result]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._condition = Condition()
+        self._condition: Condition = Condition()
         self.set_running_or_notify_cancel()
+
+    def wait(self, timeout: float | None = None) -> _Result:
+        """As `result`, for the main thread, too.
+
+        Raises:
+            redis.exceptions.ConnectionError: A signal handler has forked meanwhile, and
+                this is the child.
+        """
+        pid = os.getpid()
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        # Of the C level: what a future has to wait on may be locked for ever in a
+        # child.
+        over = _thread.allocate_lock()
+        over.acquire()
+        self.add_done_callback(lambda _: over.release())
+        while True:
+            left = max(0.0, min(_PATIENCE, end - time.monotonic()))
+            if over.acquire(timeout=left):
+                return self.result()
+            if pid != os.getpid():
+                raise ConnectionError("The call began before a fork, in the parent.")
+            if time.monotonic() >= end:
+                raise FutureTimeoutError
 
 
 class _Waiter:
@@ -108,7 +132,7 @@ class Refresher:
         # nobody.
         self._crews: dict[int, _Crew] = {}
 
-    def do(self, step: Refresh, look: Callable[[Refresh], None]) -> Future[None]:
+    def do(self, step: Refresh, look: Callable[[Refresh], None]) -> Shared[None]:
         """Have a step done, together with those of others.
 
         Args:
@@ -119,8 +143,11 @@ class Refresher:
             RuntimeError: No more threads.
         """
         waiter = _Waiter(step, look)
-        crew = self._crews.setdefault(os.getpid(), _Crew())
-        shielded(partial(crew.enter, waiter))
+
+        def enter() -> None:  # in a child that a signal handler forks, there once more
+            self._crews.setdefault(os.getpid(), _Crew()).enter(waiter)
+
+        shielded(enter)
         return waiter.done
 
     def run(self, step: Refresh, look: Callable[[Refresh], None]) -> None:
@@ -130,17 +157,7 @@ class Refresher:
             redis.exceptions.ConnectionError: A signal handler has forked meanwhile, and
                 this is the child.
         """
-        pid = os.getpid()
-        done = self.do(step, look)
-        # Of the C level: what a future has to wait on may be locked for ever in a
-        # child.
-        over = _thread.allocate_lock()
-        over.acquire()
-        done.add_done_callback(lambda _: over.release())
-        while not over.acquire(timeout=_PATIENCE):
-            if pid != os.getpid():
-                raise ConnectionError("The call began before a fork, in the parent.")
-        done.result()
+        self.do(step, look).wait()
 
 
 class _Crew:

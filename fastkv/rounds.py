@@ -35,7 +35,7 @@ from redis.exceptions import (
 
 from fastkv import commands, info
 from fastkv._core import Batch, Code, Stats, run_all
-from fastkv.errors import error_of_code, error_of_reply
+from fastkv.errors import error_of_code, error_of_reply, for_callers
 from fastkv.node import Node, TileFuture, drained
 from fastkv.refresher import Address, Refresh, Refresher
 
@@ -317,13 +317,13 @@ class ClusterFuture(TileFuture):
         self._failure: BaseException | None = None
         _all_futures.add(self)
 
-    def do(self, step: Send | Refresh | None) -> None:
-        """Have a step done; None: there is none left."""
+    def do(self, step: Send | Refresh | None, first: bool = False) -> None:
+        """Have a step done; None: there is none left. ``first``: by the caller."""
         if isinstance(step, Send):
-            self._send(step)
+            self._send(step, first)
         elif step is not None:
             try:
-                asked = self._cluster._tile_refresher.do(
+                asked: Future[None] = self._cluster._tile_refresher.do(
                     step, self._cluster._tile_refresh
                 )
             except Exception as error:  # no more threads, no memory
@@ -351,7 +351,7 @@ class ClusterFuture(TileFuture):
             self._failure, step = error, None
         self.do(step)
 
-    def _send(self, step: Send) -> None:
+    def _send(self, step: Send, first: bool) -> None:
         self._parts = step.parts
         # One for ourselves: it must not be over before all were submitted.
         self._left = len(step.parts) + 1
@@ -360,14 +360,17 @@ class ClusterFuture(TileFuture):
                 part.refusal = part.node.start(
                     part.batch, part.node.future_queue(), step.seconds, self
                 )
-            except RedisError:
-                part.refusal = Code.CLOSED
-            # No more descriptors, threads, memory. What is in flight has to end first.
-            except Exception as error:
-                self._failure = error
-                # Or a signal handler's, perhaps after it was accepted.
-                if not (part.batch.in_flight or part.batch.drained):
+            except BaseException as error:
+                if first and not isinstance(error, Exception):
+                    raise  # an interrupt
+                # Or it is a signal handler's, perhaps.
+                accepted = part.batch.in_flight or part.batch.drained
+                if not accepted:
                     part.refusal = Code.CLOSED
+                # No more descriptors, threads, memory; a hook of the user's. What is in
+                # flight has to end first.
+                if accepted or not isinstance(error, RedisError):
+                    self._failure = for_callers(error)
             if part.refusal:
                 self._drained()
         if self.cancelled() or self._failure is not None:
@@ -407,7 +410,7 @@ def submit(cluster: SyncCluster, batch: Batch, timeout: float | None) -> TileFut
     steps = rounds(cluster, batch, seconds)
     future = ClusterFuture(cluster, batch, steps, seconds)
     try:
-        future.do(next(steps, None))
+        future.do(next(steps, None), first=True)
     except BaseException:
         future.cancel()  # interrupted, perhaps: nobody would know of it
         raise
@@ -457,6 +460,8 @@ async def wait(
                             loop.create_future(),
                         )
                     except RedisError:
+                        if part.batch.in_flight or part.batch.drained:
+                            raise  # a signal handler's
                         part.refusal = Code.CLOSED
             except BaseException:  # no more descriptors; an interrupt
                 for part in step.parts:

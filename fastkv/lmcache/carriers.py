@@ -130,8 +130,11 @@ class Cluster:
         if self._pid != os.getpid():  # neither the lock's holder nor the thread is here
             self._lock = threading.Lock()
             self._pid = os.getpid()
-            if self._attempt is not None and not self._attempt.done():
-                self._attempt, self._under_way = None, False
+            if self._attempt is not None:
+                # A thread of the parent's may have had its lock.
+                self._attempt._condition.forked()
+                if not self._attempt.done():
+                    self._attempt, self._under_way = None, False
 
     def _connected(self) -> Attempt:
         self._check_fork()
@@ -175,7 +178,7 @@ class Cluster:
             attempt.set_exception(error)
 
     def client(self) -> RedisCluster:
-        return self._connected().result()
+        return self._connected().wait()
 
     def tile_info(self) -> TileInfo:
         attempt = self._attempt
@@ -188,7 +191,7 @@ class Cluster:
     def run(self, batch: Batch, timeout: float | None) -> list[bool]:
         began = time.monotonic()
         try:
-            client = self._connected().result(timeout)
+            client = self._connected().wait(timeout)
         except FutureTimeoutError:
             raise _not_in_time(timeout) from None
         return rounds.run(client, batch, _rest(timeout, began))

@@ -49,8 +49,13 @@ void Inbox::Letter::close_after_fork() noexcept {
   }
 }
 
-Inbox::Letter Inbox::take() noexcept {
+bool Inbox::look() noexcept {
   event_.clear();
+  std::lock_guard lock(mutex_);
+  return letter_.stop || !letter_.messages.empty();
+}
+
+Inbox::Letter Inbox::take() noexcept {
   std::lock_guard lock(mutex_);
   return std::exchange(letter_, {});
 }

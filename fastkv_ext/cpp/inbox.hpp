@@ -52,16 +52,17 @@ class Inbox {
   void abandon(const std::shared_ptr<Batch>& batch, std::size_t worker) noexcept;
   void stop() noexcept;
   void wake() noexcept;
-  // The worker's: a descriptor to sleep on, and what came. Clears the wake-up first, so that a
-  // later message signals again.
+  // The worker's: a descriptor to sleep on, whether a letter came, and which. The look clears the
+  // wake-up first, so that a later message signals again.
   int fd() const noexcept { return event_.fd(); }
+  bool look() noexcept;
   struct Letter {
     std::vector<Message> messages;
     bool stop = false;
     void close_after_fork() noexcept;
   };
-  Letter take() noexcept;
-  // Behind take(): the batches that were abandoned, one a call, null when there is none left.
+  Letter take() noexcept;  // under Schedule::fork_mutex
+  // Behind look(): the batches that were abandoned, one a call, null when there is none left.
   std::shared_ptr<Batch> take_abandoned(std::size_t worker) noexcept;
   // No wake-up afterwards. Under the mutex, because a caller that is late with one must not write
   // to a descriptor that is somebody else's by then.

@@ -25,6 +25,8 @@ constexpr std::size_t kUrgentWrite = std::size_t{512} << 10;
 // given up, or to a health check. Then the connection is taken for dead, as redis-py takes each
 // whose caller has timed out.
 constexpr auto kDoubtPatience = std::chrono::seconds(1);
+// Between two connections for the sake of others' values, if the first had done nothing.
+constexpr auto kHelpPause = std::chrono::seconds(1);
 // Of a worker's own requests.
 constexpr std::uint32_t kHealthTicket = 0;
 constexpr std::uint32_t kServerTicket = 1;
@@ -114,8 +116,11 @@ void Worker::loop() {
     inbox.asleep = true;
     stores_held_until_.reset();
     for (const auto& lane : lanes_) feed(*lane);
-    // We were woken for one of them, perhaps, and have no room for that.
-    if (woken && schedule_.has_work(inbox.priorities)) schedule_.pass_on(index_);
+    // We were woken for one of them, perhaps, and have no room for that. A store that is held back
+    // is so for everybody.
+    const auto left =
+        stores_held_until_ ? without(inbox.priorities, Priority::store) : inbox.priorities;
+    if (woken && schedule_.has_work(left)) schedule_.pass_on(index_);
     // Writing may have lost a connection, or completed something by a reply that came meanwhile.
     const int timeout = turn_again_ ? 0 : next_timeout();
     const int count = ::epoll_wait(epoll_.get(), events.data(), events.size(), timeout);
@@ -150,11 +155,14 @@ void Worker::loop() {
 // False: stop.
 bool Worker::handle_messages() {
   Inbox& inbox = schedule_.inbox(index_);
-  {
+  const bool letter_came = inbox.look();
+  if (letter_came) {
+    // Only then: a fork holds the mutex, and may wait for somebody who waits for us.
     std::lock_guard lock(schedule_.fork_mutex());
     letter_ = inbox.take();
   }
   while (const auto batch = inbox.take_abandoned(index_)) abandon(*batch);
+  if (!letter_came) return true;
   for (Message& message : letter_.messages) {
     if (auto* adopted = std::get_if<Adopt>(&message)) {
       adopt(*lane_of(adopted->lane), std::move(*adopted));
@@ -326,7 +334,7 @@ void Worker::feed(Lane& lane) {
   // connection at once must not have us connect for ever.
   if (lane.state == State::connected && idle && !fresh) receive(lane);
   if (lane.state == State::absent && now_ >= lane.retry_at &&
-      (has_work || schedule_.worth_connecting())) {
+      (has_work || (now_ >= lane.help_at && schedule_.worth_connecting()))) {
     lane.state = State::requested;
     lane.generation = schedule_.request_connection(lane.number);
   }
@@ -456,8 +464,11 @@ void Worker::lose(Lane& lane, const Status& why, bool counted) noexcept {
   lane.state = State::absent;
   lane.checking = lane.polls_write = lane.reads_on = false;
   schedule_.lost(lane.number);
-  for (const auto& operation : lane.session.reset(why, counted)) {
-    give_back(operation.ticket, operation.sent, counted && operation.counted, why);
+  const auto& lost = lane.session.reset(why, counted);
+  if (lost.empty()) lane.help_at = now_ + kHelpPause;
+  // Each goes before those that were not asked for yet: the oldest last.
+  for (auto it = lost.rbegin(); it != lost.rend(); ++it) {
+    give_back(it->ticket, it->sent, counted && it->counted, why);
   }
   // Who only helped to read what was lost here need not wait for its own server any more.
   schedule_.wake_helpers();

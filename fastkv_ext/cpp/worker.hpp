@@ -64,6 +64,7 @@ class Worker {
     // one began.
     Clock::time_point progress;
     Clock::time_point retry_at;  // absent: not to be asked for before
+    Clock::time_point help_at;   // likewise, if it is only to help others
   };
 
   void run() noexcept;

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <mutex>
 #include <optional>
 #include <random>
 #include <string>
@@ -395,6 +396,49 @@ TEST(when_close_returns_every_batch_has_ended_though_others_cancel) {
     for (std::thread& thread : threads) thread.join();
     CHECK(left == 0);
   }
+}
+
+TEST(what_was_lost_is_sent_again_in_its_order) {
+  std::mutex mutex;
+  std::vector<std::string> again;
+  std::atomic<bool> all{false};
+  Engine engine(1, 1, kWindow);
+  Connector connector(engine, [&](int connection, const std::vector<std::string>& words) {
+    if (connection == 0) {
+      while (!all) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      return std::string(kHangUp);
+    }
+    std::lock_guard lock(mutex);
+    again.push_back(words[1]);
+    return std::string(":1\r\n");
+  });
+  auto queue = std::make_shared<CompletionQueue>();
+  std::vector<std::string> names = {"a", "b", "c", "d"};
+  for (const std::string& name : names) {
+    auto batch = std::make_shared<Batch>(Command::exists);
+    batch->add_key(name);
+    batch->add_key(name + name);
+    engine.submit(batch, next_id++, queue, retry(5), 0);
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));  // until all are on their way
+  all = true;
+  wait_for(*queue, names.size());
+  CHECK(again == std::vector<std::string>({"a", "aa", "b", "bb", "c", "cc", "d", "dd"}));
+}
+
+TEST(a_fork_that_takes_its_time_stops_no_call) {
+  Engine engine(1, 1, kWindow);
+  Connector connector(engine, answer);
+  auto queue = std::make_shared<CompletionQueue>();
+  Call first = make_call(Command::exists, 1);
+  engine.submit(first.batch, next_id++, queue, retry(0), 0);
+  wait_for(*queue, 1);
+  engine.before_fork();
+  Call call = make_call(Command::exists, 1);
+  engine.submit(call.batch, next_id++, queue, retry(0), 0);
+  wait_for(*queue, 1);
+  engine.after_fork_in_parent();
+  CHECK(call.batch->status().ok());
 }
 
 TEST(a_child_keeps_no_socket_that_a_worker_is_taking) {

@@ -1,5 +1,7 @@
 // Connections that help to read a value in ranges, and what becomes of it if one fails: nothing of
 // it is missing, and nobody waits for it.
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -215,6 +217,42 @@ TEST(a_helper_that_waits_for_its_watch_does_not_wait_for_it_once_the_value_is_lo
 
 TEST(a_watch_that_nobody_needs_any_more_keeps_nobody) {
   share_with_silent_helper(false);
+}
+
+TEST(nobody_connects_without_end_to_help_where_each_connection_is_closed_at_once) {
+  Engine engine(1, 3, Window{16 << 10, 64, 16 << 10});
+  auto batch = std::make_shared<Batch>(Command::get);
+  std::string memory(kLarge, '.');
+  batch->add_key("k");
+  batch->add_segment(memory.data(), memory.size());
+  batch->end_value();
+  auto queue = std::make_shared<CompletionQueue>();
+  CHECK(engine.submit(batch, next_id++, queue, retry(0), 1.5).ok());
+  std::thread owner;
+  int asked = 0;
+  while (!queue->next()) {
+    pollfd entries[] = {{engine.connect_event(), POLLIN, 0}, {queue->fd(), POLLIN, 0}};
+    CHECK(::poll(entries, 2, 20'000) > 0);
+    while (const auto lane = engine.take_connect_request()) {
+      int ends[2];
+      CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+      if (asked++ == 0) {  // silent after its WATCH
+        owner = std::thread([fd = ends[1]] {
+          const auto silent = [](int, const auto& words) -> std::optional<std::string> {
+            if (words[0] == "GETRANGE") return std::nullopt;
+            return answer(words);
+          };
+          ::serve(UniqueFd(fd), 0, silent, SIZE_MAX);
+        });
+      } else {
+        ::close(ends[1]);
+      }
+      engine.adopt(*lane, UniqueFd(ends[0]), 0, 0);
+    }
+  }
+  CHECK(asked <= 10);
+  engine.close();
+  owner.join();
 }
 
 int main() {

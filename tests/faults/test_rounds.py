@@ -150,15 +150,19 @@ def test_if_a_part_cannot_be_sent_the_others_let_go_first(
             assert client.batch_tile_exists([LOW, HIGH]) == [True, True]
 
 
+@pytest.mark.parametrize("raised", [RuntimeError, SystemExit])
 def test_a_future_fails_if_a_later_round_cannot_begin(
-    client: fastkv.RedisCluster, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+    raised: type[BaseException],
+    client: fastkv.RedisCluster,
+    node: ScriptedNode,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[str] = []
 
     def started(run: Callable[[], None], name: str) -> threading.Thread:
         made.append(name)
         if made.count("fastkv-futures") > 1:
-            raise RuntimeError("can't start new thread")
+            raise raised("can't start new thread")
         return real(run, name)
 
     real = nodes.started
@@ -167,9 +171,52 @@ def test_a_future_fails_if_a_later_round_cannot_begin(
         line = b"-ASK %d 127.0.0.1:%d\r\n" % (SLOT, other.port)
         node.expect("EXISTS", "a").reply(line)
         future = client.submit_batch_tile_exists(["a"])
-        with pytest.raises(RuntimeError, match="can't start new thread"):
-            future.result(10)
+        error = future.exception(10)
+        assert isinstance(error, (RuntimeError, ConnectionError))
+        assert "can't start new thread" in str(error)
         client.close()
+
+
+@pytest.mark.parametrize("how", ["submit", "await"])
+def test_a_handlers_error_does_not_send_again_what_was_accepted(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = bytearray(PLAIN_BYTES)
+    real, error = nodes.Node.start, TimeoutError("an alarm")
+
+    def start(*args: Any) -> int:
+        assert real(*args) == Code.OK
+        assert low.reached.wait(30)
+        raise error
+
+    with Half(1, "half received") as low, Half(2) as high:
+        Half.ports = low.port, high.port
+        low.data[LOW.encode()] = os.urandom(PLAIN_BYTES)
+        kwargs: dict[str, Any] = {"host": "127.0.0.1", "port": low.port, **ONE}
+
+        def check() -> None:
+            assert resizable(memory)
+            before = bytes(memory)
+            low.go_on.set()
+            time.sleep(0.1)
+            assert memory == before
+
+        async def wait() -> None:
+            async with fastkv.asyncio.RedisCluster(**kwargs) as client:
+                await client.batch_tile_exists([HIGH])
+                monkeypatch.setattr(nodes.Node, "start", start)
+                with pytest.raises(TimeoutError, match="an alarm"):
+                    await client.batch_tile_get([LOW], [memory])
+                check()
+
+        if how == "await":
+            asyncio.run(wait())
+            return
+        with fastkv.RedisCluster(**kwargs) as client:
+            monkeypatch.setattr(nodes.Node, "start", start)
+            future = client.submit_batch_tile_get([LOW], [memory])
+            assert future.exception(30) is error
+            check()
 
 
 @pytest.mark.parametrize("complete", [True, False])

@@ -17,6 +17,7 @@ import redis.asyncio
 
 import fastkv
 import fastkv.asyncio
+from fastkv import pooled
 from fastkv.cli.private_server import PrivateServer
 from tests.conftest import Endpoint, eventually, fastkv_threads
 from tests.faults.held import HeldServer
@@ -229,6 +230,42 @@ def test_a_client_can_be_used_again_after_close(client: fastkv.Redis) -> None:
         client.close()
         assert fastkv_threads() == []
         assert client.ping()
+
+
+def test_what_is_in_flight_on_a_replaced_pool_may_connect_again() -> None:
+    with HeldServer(1, "asked") as old, ModelServer(2) as new:
+        old.data[b"v"], got = b"old", bytearray(3)
+        client = fastkv.Redis(port=old.port)
+        future = client.submit_batch_tile_get(["v"], [got])
+        assert old.reached.wait(30)
+        client.connection_pool = redis.ConnectionPool(port=new.port)
+        gc.collect()
+        old.drop_all()
+        old.go_on.set()
+        assert future.result(30) == [True]
+        assert got == b"old"
+        client.close()
+
+
+@pytest.mark.parametrize("where", ["node_of", "drop_node"])
+def test_an_interrupt_while_a_pool_is_replaced_loses_no_node(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> None:
+        before(*args)
+        raise KeyboardInterrupt
+
+    pools = [redis.ConnectionPool(port=port) for port in (1, 2)]
+    client = fastkv.Redis(connection_pool=pools[0])
+    client._node()
+    client.connection_pool = pools[1]
+    before = getattr(pooled, where)
+    monkeypatch.setattr(pooled, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        client._node()
+    monkeypatch.undo()
+    client.close()
+    assert eventually(lambda: not fastkv_threads())
 
 
 @pytest.mark.parametrize("how", ["blocking", "future", "asyncio"])
