@@ -235,7 +235,7 @@ def test_a_client_can_be_used_again_after_close(client: fastkv.Redis) -> None:
 def test_what_is_in_flight_on_a_replaced_pool_may_connect_again() -> None:
     with HeldServer(1, "asked") as old, ModelServer(2) as new:
         old.data[b"v"], got = b"old", bytearray(3)
-        client = fastkv.Redis(port=old.port)
+        client = fastkv.Redis(port=old.port, protocol=2)  # with 3, others hold it, too
         future = client.submit_batch_tile_get(["v"], [got])
         assert old.reached.wait(30)
         client.connection_pool = redis.ConnectionPool(port=new.port)
