@@ -37,39 +37,37 @@ class Pooled:
 
     def _leave_replaced(self) -> None:
         # One that still carries batches must not be closed under them.
-        for entry in list(self._tile_replaced):
-            node = entry[0]
+        for node, _ in list(self._tile_replaced):
             if node is not self._tile_node:  # or its pool has come back
                 if node.usable and not node.idle:
                     continue
                 drop_node(self, node)  # joins no threads: this may be an event loop
-            with suppress(ValueError):  # another thread was first
-                self._tile_replaced.remove(entry)
-
-    def _take_nodes(self) -> Iterator[Node]:
-        """Those to leave, forgotten one by one; the next call starts anew."""
-        while True:
-            node = self._tile_node
-            if node is None:
-                break
-            yield node
-            if self._tile_node is node:
-                self._tile_node = self._tile_pool = None
-        while self._tile_replaced:
-            entry = self._tile_replaced[-1]
-            yield entry[0]
-            with suppress(ValueError):
-                self._tile_replaced.remove(entry)
+            self._forget_replaced(node)
 
     def _nodes_to_leave(self) -> Iterator[Node]:
-        """With one that an interrupt kept us from hearing of."""
-        yield from self._take_nodes()
-        node = registered_node(self)
-        if node is not None:
-            yield node
+        """All of ours, with one that an interrupt kept us from hearing of, now or when
+        we were last here.
+        """
+        return self._taken(registered_node(self))
 
     def _drop_nodes(self) -> None:
         """For ``__del__``, also of one that is half made."""
         if hasattr(self, "_tile_replaced"):
-            for node in self._take_nodes():
+            for node in self._taken():
                 drop_node(self, node)
+
+    def _taken(self, *registered: Node | None) -> Iterator[Node]:
+        current, self._tile_node = self._tile_node, None  # the next call starts anew
+        self._tile_pool = None
+        for node in dict.fromkeys((current, *registered)):
+            if node is not None:
+                yield node
+        for node, _ in list(self._tile_replaced):
+            yield node
+            self._forget_replaced(node)  # last: nothing else finds it
+
+    def _forget_replaced(self, node: Node) -> None:
+        for entry in list(self._tile_replaced):
+            if entry[0] is node:
+                with suppress(ValueError):  # another thread was first
+                    self._tile_replaced.remove(entry)

@@ -75,6 +75,7 @@ def test_every_way_to_make_a_client_works(
         assert type(client) is fastkv.Redis
         assert client.batch_tile_set(["a"], [b"x"]) == [True]
         assert client.get("a") == b"x"
+    client.connection_pool.disconnect()  # what redis-py leaves to who made it
 
 
 def test_settings_reach_the_native_connections(
