@@ -427,6 +427,9 @@ class Connector:
                     failure = error
                 else:
                     time.sleep(_LEAST_DELAY)  # it cannot even be told
+                    self._newest = (
+                        self._engine.newest_batch()
+                    )  # nor will these be served
                 self._engine.wake_connector()  # what it stood for is still to be done
 
     def _turn(self, poll: select.poll) -> None:

@@ -212,6 +212,7 @@ void Worker::receive_some(Lane& lane) {
     const auto moved = lane.stream->read(target);
     if (!moved.status.ok()) return lose(lane, moved.status, true);
     if (moved.bytes == 0) return;
+    lane.closed_at_once = false;
     lane.progress = now_;
     const Status status = lane.session.commit_read(moved.bytes);
     settle(lane);
@@ -332,7 +333,10 @@ void Worker::feed(Lane& lane) {
   // The server may have closed an idle connection since epoll was asked. That is no loss yet, and
   // must not use up an attempt; redis-py looks before each command, too. One that closes each
   // connection at once must not have us connect for ever.
-  if (lane.state == State::connected && idle && !fresh) receive(lane);
+  if (lane.state == State::connected && idle && !(fresh && lane.closed_at_once)) {
+    receive(lane);
+    lane.closed_at_once |= fresh && lane.state != State::connected;
+  }
   if (lane.state == State::absent && now_ >= lane.retry_at &&
       (has_work || (now_ >= lane.help_at && schedule_.worth_connecting()))) {
     lane.state = State::requested;

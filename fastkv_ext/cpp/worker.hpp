@@ -54,10 +54,11 @@ class Worker {
     std::string server;  // its run id; empty: unknown
     std::string server_reply;
     Segment server_target;
-    bool fresh = false;        // adopted since the last feed()
-    bool checking = false;     // a health check is on its way; pull when it is answered
-    bool polls_write = false;  // registered for EPOLLOUT
-    bool reads_on = false;     // see Stream::holds_bytes
+    bool fresh = false;           // adopted since the last feed()
+    bool closed_at_once = false;  // one was closed while it was, and none has answered since
+    bool checking = false;        // a health check is on its way; pull when it is answered
+    bool polls_write = false;     // registered for EPOLLOUT
+    bool reads_on = false;        // see Stream::holds_bytes
     Clock::duration stall_timeout{};
     Clock::duration health_interval{};
     // When a byte last moved that is part of the oldest request or of its reply, or the wait for

@@ -361,7 +361,7 @@ TEST(a_peer_that_closes_each_connection_at_once_uses_up_the_attempts) {
     pollfd entries[] = {{engine.connect_event(), POLLIN, 0}, {queue->fd(), POLLIN, 0}};
     CHECK(::poll(entries, 2, 20'000) > 0);
     while (const auto lane = engine.take_connect_request()) {
-      CHECK(++asked <= 3);
+      CHECK(++asked <= 4);  // the first is free: it may have been a chance
       int ends[2];
       CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
       ::close(ends[1]);
