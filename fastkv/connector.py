@@ -414,9 +414,11 @@ class Connector:
         poll = select.poll()
         poll.register(self._engine.connect_event(), select.POLLIN)
         failure: BaseException | None = None
+        later = 0
         while not self._closing:
             try:
                 if failure is not None:
+                    later = self._engine.newest_batch()
                     self._give_up(self._newest, failure)
                     failure = None  # it keeps the pool alive
                 self._turn(poll)
@@ -426,10 +428,8 @@ class Connector:
                 if failure is None:
                     failure = error
                 else:
-                    time.sleep(_LEAST_DELAY)  # it cannot even be told
-                    self._newest = (
-                        self._engine.newest_batch()
-                    )  # nor will these be served
+                    self._newest = later  # who came before could not even be told
+                    time.sleep(_LEAST_DELAY)
                 self._engine.wake_connector()  # what it stood for is still to be done
 
     def _turn(self, poll: select.poll) -> None:
@@ -524,14 +524,21 @@ class Connector:
     def _give_up(self, newest: int, error: BaseException, delay: float = 0.0) -> None:
         """The others would fail likewise: nobody should wait for each of them."""
         self.error = for_callers(error)
-        while self._attempts:
-            self._engine.connect_failed(
-                self._attempts[-1].lane,
-                newest,
-                type(error).__name__,
-                max(delay, _LEAST_DELAY),
-            )
-            self._attempts.pop()
+        failure: BaseException | None = None
+        for attempt in list(self._attempts):
+            try:
+                self._engine.connect_failed(
+                    attempt.lane,
+                    newest,
+                    type(error).__name__,
+                    max(delay, _LEAST_DELAY),
+                )
+            except MemoryError as no_memory:  # the next may be what somebody waits for
+                failure = no_memory
+            else:
+                self._attempts.remove(attempt)
+        if failure is not None:
+            raise failure
 
     def fresh_error(self) -> Exception:
         """A copy of `error`, for one caller to raise."""
