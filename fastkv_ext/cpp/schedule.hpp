@@ -194,7 +194,8 @@ class Schedule {
   std::array<std::atomic<std::size_t>, kPriorities> queued_{};
   std::atomic<std::size_t> offered_{0};            // offers_.size(), likewise
   std::atomic<Clock::time_point> urgent_until_{};  // written under mutex_
-  // Stores are queued since then, or one was pulled; likewise.
+  // Stores are queued since then, or one was pulled; or none is on its way, written without mutex_:
+  // a later value of another thread's may win, and is as good.
   std::atomic<Clock::time_point> stores_since_{};
   std::atomic<std::size_t> stores_out_{0};  // stores that were pulled and are not finished
 };
