@@ -26,7 +26,7 @@ from fastkv.cli import make_app
 from fastkv.cli.clients import FastkvClient
 from fastkv.cli.private_server import PrivateServer, ServerBinary
 from fastkv.cli.target import Target
-from fastkv.cli.terminal import Failure
+from fastkv.cli.terminal import FLOOR, Failure
 from fastkv.cli.workload import Workload
 from fastkv.lmcache import NativeClient
 from tests.clusters import ClusterServers
@@ -333,11 +333,16 @@ def test_tune_wants_to_know_whose_chunks() -> None:
 def test_doctor_finds_what_is_wrong(server: PrivateServer, settings: Any) -> None:
     url = f"redis://127.0.0.1:{server.port}"
     settings(maxmemory="1gb", maxmemory_policy="allkeys-lru")
-    levels = {topic: f["level"] for topic, f in findings(url, "--seconds", 0).items()}
+    found = findings(url, "--seconds", 0)
+    levels = {topic: finding["level"] for topic, finding in found.items()}
     assert levels.pop("8 MiB cliff") in ("warning", "unseen")  # by its settings
+    # A machine that is busy with other tests answers late.
+    carried = re.search(r"carry ([\d.]+) GB/s", found["round trip"]["evidence"])
+    assert carried
+    assert (levels.pop("round trip") == "warning") == (float(carried[1]) < 2 * FLOOR)
     assert levels.pop("throughput") == "unseen"
     assert levels.pop("io-threads") == "note"
-    assert set(levels.values()) == {"good"}
+    assert [finding for finding in levels.items() if finding[1] != "good"] == []
     settings(
         maxmemory_policy="noeviction",
         proto_max_bulk_len="1mb",
