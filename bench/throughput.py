@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,7 +116,9 @@ class Throughput:
         order = list(jobs)
         first: dict[str, Sample] = {}
         for turn in range(rounds + 1):
-            for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            # Not in turn: each would always find what the one before it left behind.
+            random.shuffle(order)
+            for name in order:
                 if turn == 0:  # connects and warms up
                     first[name] = jobs[name]()
                     continue
