@@ -147,13 +147,17 @@ class Batch {
   std::vector<Link> links_;
 
   // guarded by Schedule::mutex_
-  std::size_t cursor_ = 0;               // the first operation that was never pulled
-  std::vector<std::uint32_t> again_;     // operations that came back from a lost connection
-  std::vector<std::uint32_t> attempts_;  // empty until one is lost
-  Status status_;                        // not ok: the batch failed as a whole
-  bool abandoned_ = false;               // its memory must not be used for new operations
-  bool queued_ = false;                  // it stands in a queue
-  std::size_t dropped_ = 0;              // operations that nobody pulled before it was abandoned
+  std::size_t cursor_ = 0;            // the first operation that was never pulled
+  std::vector<std::uint32_t> again_;  // operations that came back from a lost connection
+  struct Past {
+    std::uint32_t attempts = 0;
+    Clock::time_point silent_since{};  // see Schedule::requeue
+  };
+  std::vector<Past> past_;   // empty until an operation is lost
+  Status status_;            // not ok: the batch failed as a whole
+  bool abandoned_ = false;   // its memory must not be used for new operations
+  bool queued_ = false;      // it stands in a queue
+  std::size_t dropped_ = 0;  // operations that nobody pulled before it was abandoned
   // Of those that were abandoned at once. Through the batches, as the next: to end them takes no
   // memory.
   std::shared_ptr<Batch> next_abandoned_;

@@ -298,12 +298,21 @@ bool Schedule::stores_overdue(Clock::time_point now) const noexcept {
 
 Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
                              std::size_t max_requests, std::uint64_t max_bytes,
-                             Clock::time_point now) {
+                             Clock::time_point now, Mixes mixes, Clock::time_point silent) {
   constexpr PrioritySet kStores = priority_bit(Priority::store);
   std::lock_guard lock(mutex_);
   if (generation != generation_) return {};
   // Also if this lane may not carry it, because of the stores that it does: then no more of them.
   if ((with_work() & ~kStores) != 0) urgent_until_ = now + kUrgent;
+  if (mixes != Mixes::any_store && (priorities & with_work() & kStores) != 0) {
+    const auto since = silent_since_locked(Priority::store);
+    const bool is_silent = since != Clock::time_point{} && since <= silent;
+    if (is_silent != (mixes == Mixes::silent_stores)) {
+      // With loads without end it would never be free for the others.
+      if (mixes == Mixes::silent_stores && stores_overdue(now)) return {};
+      priorities = without(priorities, Priority::store);
+    }
+  }
   const bool stores_asked = (priorities & with_work() & kStores) != 0;
   // One that gets no answer must not hold the others back for ever.
   const bool one_out = stores_out_ > 0 && now - stores_since_.load() < kStorePatience;
@@ -323,12 +332,19 @@ Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
   return {.retry_at = std::min(urgent_until_.load(), stores_since_.load() + kStorePatience)};
 }
 
+// Of what take_locked() takes next.
+Clock::time_point Schedule::silent_since_locked(Priority priority) const noexcept {
+  const Batch& batch = *queues_[static_cast<std::size_t>(priority)].front();
+  if (batch.again_.empty() || batch.past_.empty()) return {};
+  return batch.past_[batch.again_.back()].silent_since;
+}
+
 // Of a queue that is not empty.
 Schedule::Run Schedule::take_locked(Priority priority, std::size_t max_requests,
                                     std::uint64_t max_bytes) {
   const auto p = static_cast<std::size_t>(priority);
   Batch& batch = *queues_[p].front();
-  Run run{.batch = &batch};
+  Run run{.batch = &batch, .silent_since = silent_since_locked(priority)};
   if (!batch.again_.empty()) {
     run.first = batch.again_.back();
     run.count = 1;
@@ -426,19 +442,26 @@ Schedule::Run Schedule::help(std::uint64_t generation, const std::string& server
   return {};
 }
 
-bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counted,
-                       Code why) noexcept try {
+bool Schedule::requeue(Batch& batch, std::uint32_t index, bool sent, bool counted, Code why,
+                       Clock::time_point silent_since) noexcept try {
   // Once it is queued, another worker may complete it.
   const Priority priority = batch.priority();
   std::chrono::duration<double> delay{0};
   {
     std::lock_guard lock(mutex_);
     if (batch.abandoned_ || (sent && !batch.repeatable_)) return false;
+    constexpr Clock::time_point kNotSilent{};
+    if (batch.past_.empty() && (counted || silent_since != kNotSilent)) {
+      batch.past_.resize(batch.size());
+    }
+    if (!batch.past_.empty()) {
+      Clock::time_point& since = batch.past_[index].silent_since;
+      if (silent_since == kNotSilent || since == kNotSilent) since = silent_since;
+    }
     if (counted) {
       const RetryPolicy& policy = *batch.retry_;
       if (!(why == Code::stalled ? policy.stalled : policy.connection_lost)) return false;
-      if (batch.attempts_.empty()) batch.attempts_.resize(batch.size());
-      const std::uint32_t attempts = ++batch.attempts_[index];
+      const std::uint32_t attempts = ++batch.past_[index].attempts;
       if (policy.retries >= 0 && attempts > policy.retries) return false;
       if (!policy.delays.empty()) {
         delay = policy.delays[std::min<std::size_t>(attempts, policy.delays.size()) - 1];

@@ -76,14 +76,21 @@ class Schedule {
     std::uint32_t count = 0;
     std::shared_ptr<RangedValue> joined;  // the operation is to help with this; null: to begin
     Clock::time_point retry_at{};         // of none: ask again then, if not before
+    Clock::time_point silent_since{};     // of one that came back: see requeue()
   };
   // At most a fair share of what is queued, so that the tail of a batch is spread over all lanes.
   // Nothing for a lane of an old generation. While there are lookups or retrieves, and for a while
   // after, one large store is on its way at a time: however many connections send, the server is
   // one, and each of them would have it read megabytes before it looks at the next request. A store
   // that is overdue comes before retrieves, or retrieves without end would starve it.
+  //
+  // A store that is given up in the middle ends its connection. So those that had no answer since
+  // `silent`, whatever they were on, and the others go on connections of their own: `mixes` says
+  // which a lane may take.
+  enum class Mixes : std::uint8_t { any_store, silent_stores, other_stores };
   Run pull(PrioritySet priorities, std::uint64_t generation, std::size_t max_requests,
-           std::uint64_t max_bytes, Clock::time_point now);
+           std::uint64_t max_bytes, Clock::time_point now, Mixes mixes = Mixes::any_store,
+           Clock::time_point silent = Clock::time_point::min());
   bool has_work(PrioritySet priorities) const noexcept;
   // Somebody may wait for a lookup or a retrieve.
   bool urgent(Clock::time_point now) const noexcept { return now < urgent_until_.load(); }
@@ -102,9 +109,11 @@ class Schedule {
   bool worth_identifying();
   Run help(std::uint64_t generation, const std::string& server);
   // An operation that came back: queues it again if the batch's policy allows another attempt after
-  // `why`. `sent`: the server may have seen it. `counted`: it uses up an attempt. If false, the
-  // worker must answer or fail it.
-  bool requeue(Batch& batch, std::uint32_t index, bool sent, bool counted, Code why) noexcept;
+  // `why`. `sent`: the server may have seen it. `counted`: it uses up an attempt. `silent_since`:
+  // if its connection was dropped for others' sake, when that last said something; of several such
+  // losses in a row the first counts. If false, the worker must answer or fail it.
+  bool requeue(Batch& batch, std::uint32_t index, bool sent, bool counted, Code why,
+               Clock::time_point silent_since = {}) noexcept;
   void fail(Batch& batch, const Status& why) noexcept;
   // An operation of an abandoned batch was sent, must not be repeated, and is not answered.
   void doubt(Batch& batch) noexcept;
@@ -140,6 +149,7 @@ class Schedule {
   void came_back(Priority priority, std::size_t operations) noexcept;
   void drop_offers_locked(const Batch* of) noexcept;
   void enqueue_locked(Batch& batch, std::size_t operations);
+  Clock::time_point silent_since_locked(Priority priority) const noexcept;
   Run take_locked(Priority priority, std::size_t max_requests, std::uint64_t max_bytes);
   void go_again_locked(Batch& batch, std::uint32_t index);
   // Abandons a batch, unless it is: puts it before those in `abandoned`, which let_go() must be

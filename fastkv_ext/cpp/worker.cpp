@@ -282,7 +282,8 @@ void Worker::settle(Lane& lane) noexcept {
       if (schedule_.requeue(batch, index, false, true, Code::connection_lost)) continue;
     }
     if (completed.outcome == Outcome::lost) {
-      give_back(completed.ticket, true, completed.ranges->loss_counted(), completed.ranges->loss());
+      const auto& ranges = *completed.ranges;
+      give_back(lane, completed.ticket, true, ranges.loss_counted(), ranges.loss());
       continue;
     }
     if (completed.outcome == Outcome::torn || completed.outcome == Outcome::misfit) {
@@ -345,6 +346,7 @@ void Worker::feed(Lane& lane) {
   if (lane.state != State::connected || lane.checking) return;
   if (lane.session.owes_given_up()) return;  // others may be quicker, see is_in_doubt
   Session& session = lane.session;
+  if (idle) lane.kept_from = Clock::time_point::max();
   if (idle && lane.health_interval.count() > 0 && now_ - lane.progress > lane.health_interval) {
     lane.checking = true;
     session.push({.command = Command::ping, .ticket = {nullptr, kHealthTicket}});
@@ -369,8 +371,14 @@ void Worker::feed(Lane& lane) {
     if (session.requests() > session.stores() && !schedule_.stores_overdue(now_)) {
       priorities = without(priorities, Priority::store);
     }
-    carried_ = schedule_.pull(priorities, lane.generation, window_.requests - session.requests(),
-                              window_.bytes - std::min(window_.bytes, outstanding), now_);
+    auto mixes = Schedule::Mixes::any_store;
+    if (session.stores() > 0) mixes = Schedule::Mixes::other_stores;
+    if (now_ >= lane.kept_from) mixes = Schedule::Mixes::silent_stores;
+    const auto silent =
+        lane.stall_timeout.count() > 0 ? now_ - lane.stall_timeout : Clock::time_point::min();
+    carried_ =
+        schedule_.pull(priorities, lane.generation, window_.requests - session.requests(),
+                       window_.bytes - std::min(window_.bytes, outstanding), now_, mixes, silent);
     if (carried_.count == 0) {
       if (carried_.retry_at > now_) stores_held_until_ = carried_.retry_at;
       break;
@@ -410,6 +418,9 @@ void Worker::carry(Lane& lane) {
     const bool offered = operation.ranges && !operation.helping && operation.ranges->divisible();
     if (offered && operation.ranges->snapshot() && !lane.server_asked) ask_server(lane);
     lane.session.push(operation);
+    if (carried_.silent_since != Clock::time_point{} && lane.stall_timeout.count() > 0) {
+      lane.kept_from = std::min(lane.kept_from, carried_.silent_since + lane.stall_timeout);
+    }
     // From here on it is the session's, and until here ours: whatever throws, it is ended once.
     carried_.joined = nullptr;
     ++carried_.first;
@@ -472,16 +483,18 @@ void Worker::lose(Lane& lane, const Status& why, bool counted) noexcept {
   if (lost.empty()) lane.help_at = now_ + kHelpPause;
   // Each goes before those that were not asked for yet: the oldest last.
   for (auto it = lost.rbegin(); it != lost.rend(); ++it) {
-    give_back(it->ticket, it->sent, counted && it->counted, why);
+    give_back(lane, it->ticket, it->sent, counted && it->counted, why);
   }
   // Who only helped to read what was lost here need not wait for its own server any more.
   schedule_.wake_helpers();
 }
 
-void Worker::give_back(const Ticket& ticket, bool sent, bool counted, const Status& why) noexcept {
+void Worker::give_back(const Lane& lane, const Ticket& ticket, bool sent, bool counted,
+                       const Status& why) noexcept {
   auto& batch = *static_cast<Batch*>(ticket.owner);
   if (why.code == Code::protocol_error && counted) return schedule_.fail(batch, why);
-  if (schedule_.requeue(batch, ticket.index, sent, counted, why.code)) return;
+  const auto silent_since = counted ? Clock::time_point{} : lane.progress;
+  if (schedule_.requeue(batch, ticket.index, sent, counted, why.code, silent_since)) return;
   if (sent && !batch.repeatable()) {
     schedule_.fail(batch, {Code::unknown_outcome, why.detail});
   } else {
@@ -547,7 +560,7 @@ int Worker::next_timeout() const {
 
 // Whether the connection, if it says nothing, is to be taken for dead: see kDoubtPatience.
 bool Worker::is_in_doubt(const Lane& lane) const noexcept {
-  if (lane.state != State::connected) return false;
+  if (lane.state != State::connected || now_ >= lane.kept_from) return false;
   const Session& session = lane.session;
   if (!lane.checking && !session.owes_nobody()) return false;
   // Its caller would be told that nobody knows what became of it, for another's sake.

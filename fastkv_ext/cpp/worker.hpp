@@ -64,6 +64,9 @@ class Worker {
     // When a byte last moved that is part of the oldest request or of its reply, or the wait for
     // one began.
     Clock::time_point progress;
+    // From then on it is not dropped for others' sake: what it carries has waited for an answer for
+    // a stall time-out, on this and on those that were, and is to wait for one more at most.
+    Clock::time_point kept_from = Clock::time_point::max();
     Clock::time_point retry_at;  // absent: not to be asked for before
     Clock::time_point help_at;   // likewise, if it is only to help others
   };
@@ -82,7 +85,8 @@ class Worker {
   void ask_server(Lane& lane);
   void learn_server(Lane& lane, const Completed& reply) noexcept;
   void lose(Lane& lane, const Status& why, bool counted) noexcept;
-  void give_back(const Ticket& ticket, bool sent, bool counted, const Status& why) noexcept;
+  void give_back(const Lane& lane, const Ticket& ticket, bool sent, bool counted,
+                 const Status& why) noexcept;
   void abandon(Batch& batch) noexcept;
   int next_timeout() const;
   bool is_in_doubt(const Lane& lane) const noexcept;

@@ -18,6 +18,7 @@ using namespace fastkv;
 namespace {
 
 constexpr std::size_t kValueBytes = 3000;
+constexpr std::size_t kLargeBytes = std::size_t{600} << 10;  // does not fit in a socket
 // One connection for lookups and one for values, or one for all.
 constexpr Window kWindow{1 << 20, 1024, 0};
 constexpr double kNever = 0;  // no stall time-out
@@ -52,6 +53,37 @@ std::optional<std::string> answer(const std::vector<std::string>& words) {
   if (words[0] == "GET") return bulk(std::string(kValueBytes, 'w'));
   return words[0] == "SET" ? "+OK\r\n" : ":1\r\n";
 }
+
+// Eight callers that give up after 1.5 s each, not all at once, and ask again.
+class Crowd {
+ public:
+  Crowd(Engine& engine, Command command, std::size_t bytes = kValueBytes) {
+    for (int i = 0; i < 8; ++i) {
+      threads_.emplace_back([this, &engine, command, bytes] {
+        while (!stop_) {
+          Call call(command, 1, "crowd", bytes);
+          call.submit(engine, 1.5);
+          call.wait();
+        }
+      });
+      std::this_thread::sleep_for(std::chrono::milliseconds(180));
+    }
+  }
+  ~Crowd() {
+    stop_ = true;
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+ private:
+  std::atomic<bool> stop_{false};
+  std::vector<std::thread> threads_;
+};
+
+// Declared behind a Connector whose answers wait for it: ends before that, whatever a test throws.
+struct AtEnd {
+  std::atomic<bool>& over;
+  ~AtEnd() { over = true; }
+};
 
 }  // namespace
 
@@ -306,6 +338,62 @@ TEST(who_comes_back_is_not_overtaken_by_those_who_give_up) {
   CHECK(patient.wait() == Code::stalled);
   stop = true;
   impatient.join();
+}
+
+TEST(a_patient_call_ends_in_time_however_many_others_give_up) {
+  Engine engine(2, 3, kWindow, std::make_shared<Stats>());
+  Connector connector(engine, [](int, const auto&) { return std::nullopt; }, SIZE_MAX, 2.0);
+  const Crowd crowd(engine, Command::get);
+  for (int i = 0; i < 2; ++i) {
+    const auto begin = Clock::now();
+    Call patient(Command::get, 1);
+    patient.submit(engine);
+    CHECK(patient.wait() == Code::stalled);
+    CHECK(Clock::now() - begin < std::chrono::seconds(5));
+  }
+}
+
+TEST(a_slow_server_answers_a_patient_call_however_many_others_give_up) {
+  std::atomic<bool> over{false};
+  Engine engine(2, 3, kWindow, std::make_shared<Stats>());
+  Connector connector(
+      engine,
+      [&](int, const auto& words) {
+        if (!over) std::this_thread::sleep_for(std::chrono::milliseconds(1800));
+        return answer(words);
+      },
+      SIZE_MAX, 2.0);
+  const AtEnd at_end{over};
+  const Crowd crowd(engine, Command::get);
+  std::vector<std::unique_ptr<Call>> patient;
+  for (int i = 0; i < 4; ++i) {
+    patient.push_back(std::make_unique<Call>(Command::get, 1));
+    patient.back()->submit(engine);
+    std::this_thread::sleep_for(std::chrono::milliseconds(230));
+  }
+  for (const auto& call : patient) CHECK(call->wait() == Code::ok);
+}
+
+// A SET that is given up when a part of it is out ends its connection at once.
+TEST(a_patient_call_ends_in_time_however_many_stores_are_given_up) {
+  for (const Command command : {Command::set, Command::get}) {
+    std::atomic<bool> over{false};
+    Engine engine(2, 3, kWindow, std::make_shared<Stats>());
+    Connector connector(
+        engine,
+        [&](int, const auto&) {
+          while (!over) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+          return std::nullopt;  // and nothing more is read
+        },
+        SIZE_MAX, 2.0);
+    const AtEnd at_end{over};
+    const Crowd crowd(engine, Command::set, kLargeBytes);
+    const auto begin = Clock::now();
+    Call patient(command, 1, "k", command == Command::set ? kLargeBytes : kValueBytes);
+    patient.submit(engine);
+    CHECK(patient.wait() == Code::stalled);
+    CHECK(Clock::now() - begin < std::chrono::seconds(7));
+  }
 }
 
 TEST(stores_without_end_do_not_starve_a_load_on_their_only_connection) {

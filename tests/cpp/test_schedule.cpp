@@ -173,6 +173,56 @@ TEST(the_next_attempt_waits_for_its_delay) {
   CHECK(f.pull(kLookups).count == 1);
 }
 
+TEST(what_comes_back_tells_since_when_it_gets_no_answer_until_it_is_answered_or_counted) {
+  Fixture f;
+  const auto batch = f.submit(Command::exists, 1, {.retries = -1});
+  const auto silent_since = [&] {
+    const auto run = f.pull(kLookups);
+    CHECK(run.count == 1);
+    return run.silent_since;
+  };
+  constexpr Clock::time_point kNever{};
+  CHECK(silent_since() == kNever);
+  CHECK(f.schedule.requeue(*batch, 0, true, false, Code::stalled, kNow));
+  CHECK(silent_since() == kNow);
+  CHECK(f.schedule.requeue(*batch, 0, true, false, Code::cancelled, kNow + 1s));
+  CHECK(silent_since() == kNow);
+  CHECK(f.schedule.requeue(*batch, 0, true, true, Code::stalled));
+  CHECK(silent_since() == kNever);
+  CHECK(f.schedule.requeue(*batch, 0, true, false, Code::stalled, kNow + 2s));
+  CHECK(silent_since() == kNow + 2s);
+  CHECK(f.schedule.requeue(*batch, 0, true, false, Code::ok));  // torn, say
+  CHECK(silent_since() == kNever);
+}
+
+TEST(stores_that_get_no_answer_go_with_their_like_and_all_have_their_turn) {
+  using Mixes = Schedule::Mixes;
+  Fixture f;
+  const auto silent = f.submit(Command::set, 1);
+  const auto pull = [&](Mixes mixes, Clock::time_point now = kNow) {
+    return f.schedule.pull(kValues, f.schedule.generation(), 1, 1 << 30, now, mixes, kNow - 2s);
+  };
+  CHECK(pull(Mixes::silent_stores).count == 0);
+  CHECK(pull(Mixes::other_stores).batch == silent.get());
+  CHECK(f.schedule.requeue(*silent, 0, true, false, Code::stalled, kNow - 1s));
+  CHECK(pull(Mixes::silent_stores).count == 0);  // it was not for so long
+  CHECK(pull(Mixes::other_stores).batch == silent.get());
+  CHECK(f.schedule.requeue(*silent, 0, true, true, Code::stalled) == false);  // no attempt is left
+  f.schedule.finish(*silent, 1);
+  const auto store = f.submit(Command::set, 2, {.retries = 1});
+  CHECK(pull(Mixes::any_store).batch == store.get());
+  CHECK(f.schedule.requeue(*store, 0, true, false, Code::stalled, kNow - 2s));
+  CHECK(pull(Mixes::other_stores).count == 0);
+  CHECK(pull(Mixes::silent_stores).batch == store.get());
+  CHECK(pull(Mixes::silent_stores).count == 0);
+  const auto get = f.submit(Command::get, 2);
+  CHECK(pull(Mixes::silent_stores).batch == get.get());
+  // Then it is to be idle soon, and take any.
+  const auto late = Clock::now() + 1s;
+  CHECK(pull(Mixes::silent_stores, late).count == 0);
+  CHECK(pull(Mixes::any_store, late).batch == store.get());
+}
+
 TEST(a_batch_that_was_given_up_is_never_queued_again) {
   for (const bool delayed : {false, true}) {
     Fixture f;

@@ -16,6 +16,7 @@ import random
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -356,6 +357,56 @@ def test_a_failed_future_and_a_failed_connect_keep_nothing_alive() -> None:
 
 
 # --- shared buffers ------------------------------------------------------------------
+
+
+def test_a_patient_call_ends_in_time_however_many_others_give_up() -> None:
+    over = threading.Event()
+
+    def give_up(client: fastkv.Redis) -> None:
+        while not over.is_set():
+            with pytest.raises(TimeoutError):
+                client.batch_tile_get(["k"], [bytearray(1000)], timeout=1.1)
+
+    with contextlib.ExitStack() as stack:
+        peer = stack.enter_context(SilentPeer())
+        clients = [
+            stack.enter_context(
+                fastkv.Redis(
+                    port=peer.port,
+                    socket_timeout=2,
+                    retry=Retry(NoBackoff(), 0),
+                    tile_workers=2,
+                    tile_connections=3,
+                )
+            )
+            for _ in range(4)  # who waits for whom is a matter of chance
+        ]
+        crowd = []
+        for _ in range(8):
+            for client in clients:
+                crowd.append(threading.Thread(target=give_up, args=(client,)))
+                crowd[-1].start()
+            over.wait(0.18)  # not all at once
+        try:
+            took: list[float] = []
+            patient = []
+            for _ in range(8):
+                for client in clients:
+                    future = client.submit_batch_tile_get(["k"], [bytearray(1000)])
+                    began = time.monotonic()
+                    future.add_done_callback(
+                        lambda _, began=began: took.append(time.monotonic() - began)
+                    )
+                    patient.append(future)
+                over.wait(0.3)
+            for future in patient:
+                with pytest.raises(TimeoutError, match="reading from socket"):
+                    future.result(30)
+            assert max(took) < 5.5
+        finally:
+            over.set()
+            for thread in crowd:
+                thread.join()
 
 
 def test_memory_of_two_batches_is_pinned_until_the_second_lets_go() -> None:
