@@ -188,6 +188,56 @@ TEST(work_that_comes_while_a_worker_falls_asleep_is_seen) {
   }
 }
 
+TEST(nobody_is_woken_for_a_store_that_is_held_back) {
+  // The second worker is ourselves: what we pull is on its way, and we see who wakes us.
+  Schedule schedule(2, {kLookups, kValues, kValues}, 0, std::make_shared<Stats>());
+  const auto queue = std::make_shared<CompletionQueue>();
+  const auto submit = [&](const Call& call) {
+    CHECK(schedule.submit(call.batch, next_id++, queue, retry(0), {}).ok());
+  };
+  const auto pull = [&](Clock::time_point now) {
+    return schedule.pull(kValues, schedule.generation(), 1, kValueBytes, now);
+  };
+  Call load(Command::get, 1);
+  Call stores(Command::set, 2);
+  submit(load);
+  submit(stores);
+  const auto later = Clock::now() + std::chrono::hours(1);  // it is held back for so long
+  CHECK(pull(later).batch == stores.batch.get());
+  CHECK(pull(later).batch == load.batch.get());
+  CHECK(pull(later).retry_at > later && schedule.has_work(kValues));
+
+  Worker first(0, schedule, {1 << 20, 64, 0});
+  std::vector<std::thread> peers;
+  for (const std::uint32_t lane : {0u, 2u}) {
+    int ends[2];
+    CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+    peers.emplace_back([fd = ends[1]] {
+      serve(UniqueFd(fd), 0, [](int, const auto& words) { return answer(words); }, SIZE_MAX);
+    });
+    schedule.connected(lane);
+    std::lock_guard lock(schedule.fork_mutex());
+    schedule.inbox(0).post(Adopt{lane, std::make_unique<SocketStream>(UniqueFd(ends[0]))});
+  }
+  Inbox& second = schedule.inbox(1);
+  second.asleep = true;
+  first.start();
+  for (int i = 0; i < 3; ++i) {  // each wakes the first worker, which sees the store, too
+    Call lookup(Command::exists, 1);
+    submit(lookup);
+    wait_for(*queue, 1);
+  }
+  const bool woken = !second.asleep;
+  schedule.close({Code::closed, {}});
+  schedule.inbox(0).stop();
+  first.join();
+  schedule.finish(*load.batch, 1);
+  schedule.finish(*stores.batch, 1);
+  wait_for(*queue, 2);
+  for (std::thread& peer : peers) peer.join();
+  CHECK(!woken);
+}
+
 int main() {
   return check::run_all();
 }
