@@ -211,14 +211,12 @@ class Node:
         began = time.monotonic()
         loop = asyncio.get_running_loop()
         queue = self.queue_of(loop)
-        batch.waiter = loop.create_future()
-        try:
-            code = self._engine.submit(batch, queue, self._retry_policy(), seconds)
+
+        def start() -> None:
+            code = self.start(batch, queue, seconds, loop.create_future())
             self._check_accepted(code, batch)
-            await drained([(self, batch)])
-        except BaseException:
-            self._engine.cancel(batch)  # as in submit()
-            raise
+
+        await settled(start, [(self, batch)])
         return self._finish(batch, seconds, began)
 
     def submit_to(
@@ -467,13 +465,17 @@ class Node:
         return next((loop for loop in loops if loop and loop.is_running()), None)
 
 
-async def drained(parts: Sequence[tuple[Node, Batch]]) -> None:
-    """Await batches whose waiters are futures of this loop. If the task is cancelled,
-    so are they, and it goes on once no worker can touch the memory.
+async def settled(
+    start: Callable[[], None], parts: Sequence[tuple[Node, Batch]]
+) -> None:
+    """Start batches, whose waiters are futures of this loop, and await those that were
+    accepted. If anything is raised in between, by a signal handler, say, they are
+    cancelled, and it goes on once no worker can touch the memory.
     """
     try:
+        start()
         for _, batch in parts:
-            if batch.waiter is not None:
+            if batch.in_flight:
                 await batch.waiter
     except GeneratorExit:
         # The coroutine is thrown away, or its loop is gone: it cannot wait any more.
@@ -482,18 +484,25 @@ async def drained(parts: Sequence[tuple[Node, Batch]]) -> None:
             node.cancel(batch)
         raise
     except BaseException:
-        for node, batch in parts:
-            node.cancel(batch)
-        for _, batch in parts:
-            while not batch.drained:
-                # The task cancelled the future; the drain resolves this one. A second
-                # cancellation changes nothing: one is raised in any case.
-                batch.waiter = asyncio.get_running_loop().create_future()
-                try:
-                    await asyncio.wait([batch.waiter])
-                except asyncio.CancelledError:
-                    pass
+        await _taken_back(parts)
         raise
+
+
+async def _taken_back(parts: Sequence[tuple[Node, Batch]]) -> None:
+    while True:
+        try:
+            for node, batch in parts:
+                node.cancel(batch)
+            for _, batch in parts:
+                while batch.in_flight:
+                    # The task may have cancelled the one before.
+                    batch.waiter = asyncio.get_running_loop().create_future()
+                    await batch.waiter
+            return
+        except GeneratorExit:
+            raise
+        except BaseException:
+            pass  # a second one changes nothing: one is raised in any case
 
 
 class _Loop:

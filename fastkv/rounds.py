@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 from redis.cluster import AbstractRedisCluster
@@ -36,7 +37,7 @@ from redis.exceptions import (
 from fastkv import commands, info
 from fastkv._core import Batch, Code, Stats, run_all
 from fastkv.errors import error_of_code, error_of_reply, for_callers
-from fastkv.node import Node, TileFuture, drained
+from fastkv.node import Node, TileFuture, settled
 from fastkv.refresher import Address, Refresh, Refresher
 
 # redis-py's numbers: redirections of one command, seconds between the later ones, and
@@ -450,29 +451,25 @@ async def wait(
                 except asyncio.TimeoutError:
                     pass  # the next round finds out
                 continue
-            try:
-                for part in step.parts:
-                    try:
-                        part.refusal = part.node.start(
-                            part.batch,
-                            part.node.queue_of(loop),
-                            step.seconds,
-                            loop.create_future(),
-                        )
-                    except RedisError:
-                        if part.batch.in_flight or part.batch.drained:
-                            raise  # a signal handler's
-                        part.refusal = Code.CLOSED
-            except BaseException:  # no more descriptors; an interrupt
-                for part in step.parts:
-                    part.node.cancel(part.batch)
-                await drained(_in_flight(step.parts))
-                raise
-            await drained(_in_flight(step.parts))
+            await settled(
+                partial(_start, step, loop),
+                [(part.node, part.batch) for part in step.parts],
+            )
     except BaseException as error:
         steps.throw(error)
     return _finish(batch, seconds)
 
 
-def _in_flight(parts: Sequence[Part]) -> list[tuple[Node, Batch]]:
-    return [(part.node, part.batch) for part in parts if part.batch.in_flight]
+def _start(step: Send, loop: asyncio.AbstractEventLoop) -> None:
+    for part in step.parts:
+        try:
+            part.refusal = part.node.start(
+                part.batch,
+                part.node.queue_of(loop),
+                step.seconds,
+                loop.create_future(),
+            )
+        except RedisError:
+            if part.batch.in_flight or part.batch.drained:
+                raise  # a signal handler's
+            part.refusal = Code.CLOSED

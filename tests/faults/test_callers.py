@@ -30,6 +30,7 @@ from redis.retry import Retry
 
 import fastkv
 import fastkv.asyncio
+from fastkv.node import Node
 from tests.conftest import eventually, fastkv_threads, open_fds
 from tests.faults.conftest import LONG
 from tests.faults.held import (
@@ -258,6 +259,34 @@ def test_a_task_that_ends_early_lets_go(held: Held, how: str) -> None:
 
     asyncio.run(asyncio.wait_for(main(), 60))
     held.check_let_go()
+
+
+def test_an_interrupt_while_a_cancelled_task_waits_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, interrupted = Node.cancel, threading.Event()
+
+    def cancel(self: Node, batch: Any) -> None:
+        before(self, batch)
+        if not interrupted.is_set():
+            interrupted.set()
+            raise Interrupted
+
+    async def main() -> None:
+        async with fastkv.asyncio.Redis(port=server.port) as client:
+            memory = bytearray(PLAIN_BYTES)
+            task = asyncio.ensure_future(client.batch_tile_get(["v"], [memory]))
+            await asyncio.to_thread(server.reached.wait, 30)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert interrupted.is_set()
+            assert resizable(memory)
+
+    monkeypatch.setattr(Node, "cancel", cancel)
+    with HeldServer(1, "half received") as server:
+        server.data[b"v"] = os.urandom(PLAIN_BYTES)
+        asyncio.run(asyncio.wait_for(main(), 60))
 
 
 @pytest.mark.parametrize("how", ["cancel", "close", "time out"])

@@ -596,3 +596,57 @@ def test_an_interrupt_at_any_line_of_a_call_leaves_a_client_that_works(
                 call(again)
                 assert again == value
     assert lines > (100 if LONG else 15)
+
+
+# What asyncio was to await was interrupted, too.
+@pytest.mark.filterwarnings("ignore:.*was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("cluster", [False, True])
+def test_an_interrupt_at_any_line_of_an_awaited_call_lets_go_first(
+    cluster: bool,
+) -> None:
+    """When it has been raised, nobody writes the memory any more."""
+    home = os.path.dirname(fastkv.__file__)
+    of_slots = topology._Owners.__init__.__code__
+    left = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        code = frame.f_code
+        # (What a callback of asyncio's raises, asyncio keeps for itself.)
+        others = code is of_slots or code.co_name in ("_drain_in_loop", "_resolve")
+        if not code.co_filename.startswith(home) or others:
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise Interrupted
+        return trace
+
+    async def main() -> int:
+        nonlocal left
+        kwargs: dict[str, Any] = {"host": "127.0.0.1", "port": server.port, **ONE}
+        made_by: Any = fastkv.asyncio.RedisCluster if cluster else fastkv.asyncio.Redis
+        async with made_by(**kwargs) as client:
+            assert await client.batch_tile_get(["a"], [bytearray(2000)]) == [True]
+            lines = 0
+            while True:
+                memory, again = bytearray(2000), bytearray(2000)
+                left = lines + 1
+                sys.settrace(trace)
+                try:
+                    await client.batch_tile_get(["a"], [memory])
+                except Interrupted:
+                    lines += 1
+                finally:
+                    sys.settrace(None)
+                assert resizable(memory), lines
+                if left > 0:
+                    return lines
+                assert await client.batch_tile_get(["a"], [again]) == [True]
+                assert again == value
+
+    value = os.urandom(2000)
+    with Moving(1) if cluster else HeldServer(1) as server:
+        server.data[b"a"] = value
+        assert asyncio.run(asyncio.wait_for(main(), 60)) > 30
