@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import redis
+from redis.exceptions import ConnectionError
 
 from fastkv._core import Batch
 from fastkv.info import TileInfo
@@ -137,7 +138,19 @@ class Redis(Tiles, Pooled, redis.Redis):
         return encoder
 
     def _tile_run(self, batch: Batch, timeout: float | None) -> list[bool]:
+        node = self._node()
+        try:
+            return node.run(batch, timeout)
+        except ConnectionError:
+            if not self._was_replaced(node, batch):
+                raise
         return self._node().run(batch, timeout)
 
     def _tile_submit(self, batch: Batch, timeout: float | None) -> TileFuture:
+        node = self._node()
+        try:
+            return node.submit(batch, timeout, self)
+        except ConnectionError:
+            if not self._was_replaced(node, batch):
+                raise
         return self._node().submit(batch, timeout, self)

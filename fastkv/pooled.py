@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+from fastkv._core import Batch
 from fastkv.node import Node
 from fastkv.options import TileOptions
 from fastkv.registry import drop_node, node_of, registered_node
@@ -34,6 +35,13 @@ class Pooled:
             self._tile_node, self._tile_pool = node, pool
             self._leave_replaced()
         return node
+
+    def _was_replaced(self, node: Node, batch: Batch) -> bool:
+        """Whether a batch was refused because another thread has set another pool, and
+        its call has ended the node that this one had just taken.
+        """
+        sent = batch.in_flight or batch.drained
+        return not sent and node.pool() is not self.connection_pool
 
     def _leave_replaced(self) -> None:
         # One that still carries batches must not be closed under them.

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import redis.asyncio
+from redis.exceptions import ConnectionError
 
 from fastkv._core import Batch
 from fastkv.asyncio.tiles import Tiles
@@ -83,4 +84,10 @@ class Redis(Tiles, Pooled, redis.asyncio.Redis):  # type: ignore[misc]  # redis-
         return encoder
 
     async def _tile_wait(self, batch: Batch, timeout: float | None) -> list[bool]:
+        node = self._node()
+        try:
+            return await node.wait(batch, timeout)
+        except ConnectionError:
+            if not self._was_replaced(node, batch):
+                raise
         return await self._node().wait(batch, timeout)

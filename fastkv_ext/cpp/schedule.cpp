@@ -64,8 +64,8 @@ Status Schedule::submit(const std::shared_ptr<Batch>& batch, std::uint64_t id,
   batch->deadline_ = deadline;
   batch->prepare_outcomes();
   batch->unfinished_ = operations;
-  if (batch->command() == Command::get && range_bytes_ > 0) {
-    batch->range_bytes_ = range_bytes_;
+  if (batch->command() == Command::get) {
+    batch->range_bytes_ = range_bytes_;  // another engine may have refused it before
     batch->range_failures_.assign(operations, 0);
   }
   batch->links_.resize(inboxes_.size());

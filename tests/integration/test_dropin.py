@@ -19,6 +19,7 @@ import fastkv
 import fastkv.asyncio
 from fastkv import pooled
 from fastkv.cli.private_server import PrivateServer
+from fastkv.node import Node
 from tests.conftest import Endpoint, eventually, fastkv_threads
 from tests.faults.held import HeldServer
 from tests.scripted import ModelServer
@@ -267,6 +268,49 @@ def test_an_interrupt_while_a_pool_is_replaced_loses_no_node(
     monkeypatch.undo()
     client.close()
     assert eventually(lambda: not fastkv_threads())
+
+
+@pytest.mark.parametrize("how", ["run", "submit", "wait"])
+def test_a_pool_that_is_replaced_while_a_call_begins_is_no_matter(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread's call ends the node that this one has just taken."""
+    awaited = how == "wait"
+    before = getattr(Node, how)
+
+    def replace_pool() -> None:
+        client.connection_pool = other
+        hits = client.batch_tile_exists(["v"])
+        assert (asyncio.run(hits) if awaited else hits) == [True]
+
+    def late(node: Node, *args: Any) -> Any:
+        monkeypatch.undo()
+        thread = threading.Thread(target=replace_pool)
+        thread.start()
+        thread.join()
+        assert eventually(lambda: node.closed)
+        return before(node, *args)
+
+    async def get(memory: bytearray) -> Any:
+        name = "submit_batch_tile_get" if how == "submit" else "batch_tile_get"
+        got = getattr(client, name)(["v"], [memory])
+        return await got if awaited else got
+
+    with ModelServer(1) as old, ModelServer(2) as new:
+        new.data[b"v"] = b"new"
+        made_by: Any = fastkv.asyncio.Redis if awaited else fastkv.Redis
+        pools: Any = redis.asyncio if awaited else redis
+        other = pools.ConnectionPool(port=new.port, protocol=2)
+        client = made_by(port=old.port, protocol=2)
+        memory = bytearray(3)
+        monkeypatch.setattr(Node, how, late)
+        hits = asyncio.run(get(memory))
+        assert (hits.result(30) if how == "submit" else hits) == [True]
+        assert memory == b"new"
+        if awaited:
+            asyncio.run(client.aclose())
+        else:
+            client.close()
 
 
 @pytest.mark.parametrize("how", ["blocking", "future", "asyncio"])

@@ -67,7 +67,7 @@ PYTHON = {
         "rounds",
     },
     "tiles": {"_core", "buffers", "commands", "node"},
-    "pooled": {"node", "options", "registry"},
+    "pooled": {"_core", "node", "options", "registry"},
     "client": {"_core", "info", "node", "options", "pooled", "registry", "tiles"},
     "cluster": {
         *("_core", "connector", "node", "options", "refresher", "rounds", "tiles"),
