@@ -198,16 +198,16 @@ class NativeClient:
             return True
         self._queue.close_after_fork()
         self._store.after_fork_in_child()
-        self._hashers = []
-        error = ConnectionError("The client was made before a fork, in the parent.")
         for future_id, request in list(self._in_flight.values()):
-            self._ready.append(_failure(future_id, len(request.batch), error))
+            self._ready.append(_failure(future_id, len(request.batch), _left_behind()))
         self._in_flight.clear()
         return False
 
     def _submit(self, keys: int, make: Callable[[], Request]) -> int:
-        self._at_home()
         future_id = next(self._ids)
+        if not self._at_home():
+            self._fail(future_id, keys, _left_behind())
+            return future_id
         try:
             request = make()
         except Exception as error:  # memory or a key that cannot be used
@@ -264,6 +264,10 @@ class NativeClient:
         self._ready.append(completion)
         if self._pid == os.getpid():  # its mutex may be held for ever in a child
             self._queue.wake()
+
+
+def _left_behind() -> ConnectionError:
+    return ConnectionError("The client was made before a fork, in the parent.")
 
 
 def _failure(future_id: int, keys: int, error: Exception) -> Completion:

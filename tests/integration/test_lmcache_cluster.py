@@ -15,7 +15,7 @@ import redis
 
 from fastkv.lmcache import NativeClient
 from tests.clusters import ClusterServers
-from tests.conftest import SERVERS, eventually
+from tests.conftest import SERVERS, eventually, fastkv_threads
 from tests.demux import key, memory
 
 pytestmark = pytest.mark.skipif(not SERVERS, reason="no server found")
@@ -162,6 +162,32 @@ def test_a_forked_child_hangs_neither_itself_nor_its_parent(
     assert lm.get(["a"], [got]) == [True]
     assert got == b"x"
     cluster.wait_ok()
+
+
+def test_a_child_of_a_client_that_was_not_used_yet_sends_nothing(
+    cluster: ClusterServers, demux: Any
+) -> None:
+    """What has failed there must not be filled later."""
+    lm = demux(url_of(cluster))
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            signal.alarm(30)  # ends a child that hangs
+            ids = [
+                lm.client.submit_batch_get(["a"], [memory(1)]),
+                lm.client.submit_batch_set(["a"], [b"y"]),
+            ]
+            threads = fastkv_threads()
+            done = lm.client.drain_completions()
+            lm.client.close()
+            failed = [future_id for future_id, ok, _, _ in done if not ok]
+            code = 0 if sorted(failed) == ids and not threads else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert lm.exists(["a"]) == [False]
+    assert lm.set(["a"], [b"x"]) == [True]
 
 
 def test_its_numbers_are_those_of_its_calls(

@@ -5,11 +5,13 @@ LMCache's layers do wrong around their own clients is a test here, row by row.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -146,6 +148,39 @@ def test_a_prompt_comes_back_byte_for_byte(
     assert value == data + (xxhash.xxh3_64_digest(data) if checksum else b"")
     assert 990 < plain.ttl("p:" + one.keys[0].to_string()) <= 1000
     assert one.allocated() == 0
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+def test_a_connector_may_connect_first_in_a_forked_child(
+    server: PrivateServer, whole: Any, cluster: bool
+) -> None:
+    with contextlib.ExitStack() as stack:
+        port = server.port
+        if cluster:
+            port = stack.enter_context(ClusterServers(SERVERS[0])).port
+        one = whole(f"redis://127.0.0.1:{port}", cluster=cluster)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                signal.alarm(30)  # ends a child that hangs
+                connector = one.connector
+                assert asyncio.run(connector.ping()) == 0
+                assert not connector.exists_sync(one.keys[0])
+                assert connector.batched_contains(one.keys) == 0
+                assert not asyncio.run(connector.exists(one.keys[0]))
+                assert connector.counts()["not_found"] == 2 + len(one.keys)
+                assert "failed" not in connector.counts()
+                asyncio.run(connector.close())
+                assert not fastkv_threads()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        one.store()
+        assert one.retrieve() == len(TOKENS)
 
 
 def test_a_cluster_holds_a_prompt(whole: Any) -> None:

@@ -431,6 +431,26 @@ def test_row_14_a_forked_child_hangs_neither_itself_nor_its_parent(
     assert lm.exists(["a"]) == [True]
 
 
+def test_a_child_of_a_client_that_was_not_used_yet_fails_and_the_parent_works(
+    server: PrivateServer, demux: Any
+) -> None:
+    lm = demux(f"redis://127.0.0.1:{server.port}")
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            signal.alarm(30)  # ends a child that hangs
+            future_id = lm.client.submit_batch_set(["a"], [b"x"])
+            done = lm.client.drain_completions()
+            lm.client.close()
+            code = 0 if [one[:2] for one in done] == [(future_id, False)] else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert lm.exists(["a"]) == [False]
+    assert lm.set(["a"], [b"x"]) == [True]
+
+
 # --- memory --------------------------------------------------------------------------
 
 
