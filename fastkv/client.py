@@ -142,7 +142,7 @@ class Redis(Tiles, Pooled, redis.Redis):
         try:
             return node.run(batch, timeout)
         except ConnectionError:
-            if not self._was_replaced(node, batch):
+            if not self._was_ended(node, batch):
                 raise
         return self._node().run(batch, timeout)
 
@@ -151,6 +151,6 @@ class Redis(Tiles, Pooled, redis.Redis):
         try:
             return node.submit(batch, timeout, self)
         except ConnectionError:
-            if not self._was_replaced(node, batch):
+            if not self._was_ended(node, batch):
                 raise
         return self._node().submit(batch, timeout, self)

@@ -49,7 +49,7 @@ _WINDOW_REQUESTS = 1024
 _PATIENCE = 0.4
 
 
-def _nothing() -> Any:
+def _nothing(*_: object) -> Any:
     """What is left to do for a future that is done."""
 
 
@@ -95,14 +95,20 @@ class TileFuture(Future[list[bool]]):
     def _forked(self) -> None:
         # The threads and loops that callbacks and waiters belong to do not exist here,
         # and locks of theirs may be held.
-        self.__dict__["_done_callbacks"] = []
-        self.__dict__["_waiters"] = []
+        own = vars(self)
+        own["_done_callbacks"] = []
+        waiters, own["_waiters"] = own["_waiters"], []
         self._finish = self._cancel = _nothing
         self._condition.forked()
         if not self.done():
             self.set_exception(
                 ConnectionError("The batch was submitted before a fork, in the parent.")
             )
+        # If a signal handler has forked, this thread may be about to complete it, or
+        # about to take a waiter of its own out.
+        for name in ("set_running_or_notify_cancel", "set_result", "set_exception"):
+            own[name] = _nothing
+        own["_waiters"] = waiters
 
 
 class Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -36,12 +37,14 @@ class Pooled:
             self._leave_replaced()
         return node
 
-    def _was_replaced(self, node: Node, batch: Batch) -> bool:
-        """Whether a batch was refused because another thread has set another pool, and
-        its call has ended the node that this one had just taken.
+    def _was_ended(self, node: Node, batch: Batch) -> bool:
+        """Whether a batch was refused by the node that this thread had just taken: a
+        call of another thread's, for a new pool, has ended it, or a signal handler has
+        forked and this is the child.
         """
-        sent = batch.in_flight or batch.drained
-        return not sent and node.pool() is not self.connection_pool
+        if batch.in_flight or batch.drained:
+            return False
+        return node.pool() is not self.connection_pool or node.pid != os.getpid()
 
     def _leave_replaced(self) -> None:
         # One that still carries batches must not be closed under them.

@@ -71,16 +71,16 @@ class Shared(Future[_Result]):
     def __init__(self) -> None:
         super().__init__()
         self._condition: Condition = Condition()
+        self._pid = os.getpid()
         self.set_running_or_notify_cancel()
 
     def wait(self, timeout: float | None = None) -> _Result:
         """As `result`, for the main thread, too.
 
         Raises:
-            redis.exceptions.ConnectionError: A signal handler has forked meanwhile, and
-                this is the child.
+            redis.exceptions.ConnectionError: It was made before a fork, in the parent,
+                and not done by then.
         """
-        pid = os.getpid()
         end = math.inf if timeout is None else time.monotonic() + timeout
         # Of the C level: what a future has to wait on may be locked for ever in a
         # child.
@@ -91,7 +91,7 @@ class Shared(Future[_Result]):
             left = max(0.0, min(_PATIENCE, end - time.monotonic()))
             if over.acquire(timeout=left):
                 return self.result()
-            if pid != os.getpid():
+            if self._pid != os.getpid():
                 raise ConnectionError("The call began before a fork, in the parent.")
             if time.monotonic() >= end:
                 raise FutureTimeoutError
@@ -142,13 +142,14 @@ class Refresher:
         Raises:
             RuntimeError: No more threads.
         """
-        waiter = _Waiter(step, look)
 
-        def enter() -> None:  # in a child that a signal handler forks, there once more
+        # In a child that a signal handler forks, there once more.
+        def enter() -> Shared[None]:
+            waiter = _Waiter(step, look)
             self._crews.setdefault(os.getpid(), _Crew()).enter(waiter)
+            return waiter.done
 
-        shielded(enter)
-        return waiter.done
+        return shielded(enter)
 
     def run(self, step: Refresh, look: Callable[[Refresh], None]) -> None:
         """As `do`, and block until it is done.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
-import threading
 import time
 import weakref
 from collections.abc import Generator, Iterable, Sequence
@@ -313,8 +312,7 @@ class ClusterFuture(TileFuture):
         self._steps = steps
         self._seconds = seconds
         self._parts: list[Part] = []
-        self._left = 0
-        self._left_lock = threading.Lock()
+        self._left: list[bool] = []  # one for each part not drained; the last is true
         self._failure: BaseException | None = None
         _all_futures.add(self)
 
@@ -355,7 +353,7 @@ class ClusterFuture(TileFuture):
     def _send(self, step: Send, first: bool) -> None:
         self._parts = step.parts
         # One for ourselves: it must not be over before all were submitted.
-        self._left = len(step.parts) + 1
+        self._left = [True] + [False] * len(step.parts)
         for part in step.parts:
             try:
                 part.refusal = part.node.start(
@@ -383,11 +381,8 @@ class ClusterFuture(TileFuture):
         self._go_on()
 
     def _drained(self) -> None:
-        with self._left_lock:
-            self._left -= 1
-            if self._left > 0:
-                return
-        self._go_on()
+        if self._left.pop():
+            self._go_on()
 
     def _read(self) -> list[bool]:
         if self._failure is not None:

@@ -160,7 +160,8 @@ class Tiles:
         future's.
 
         Cancelling the future takes the batch back; the buffers stay pinned until no
-        thread can write them any more, which the future does not wait for.
+        thread can write them any more, which the future does not wait for. Nor does
+        this, if a signal handler raises in it.
         """
         batch = commands.get(self._tile_encoder(), keys, buffers, immutable)
         return self._submit(batch, timeout)

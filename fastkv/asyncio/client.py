@@ -88,6 +88,6 @@ class Redis(Tiles, Pooled, redis.asyncio.Redis):  # type: ignore[misc]  # redis-
         try:
             return await node.wait(batch, timeout)
         except ConnectionError:
-            if not self._was_replaced(node, batch):
+            if not self._was_ended(node, batch):
                 raise
         return await self._node().wait(batch, timeout)

@@ -6,27 +6,35 @@ Parent and child go on, and no descriptor of the parent's is left to the child.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import pytest
 import redis
+from redis.exceptions import ConnectionError
 
 import fastkv
-from fastkv import connector, registry
+from fastkv import connector, refresher, registry, topology
 from fastkv.node import Node
-from tests.conftest import eventually, open_fds
+from fastkv.refresher import Refresh, Refresher
+from fastkv.rounds import ClusterFuture
+from tests.conftest import eventually, fastkv_threads, open_fds
 from tests.faults.conftest import LONG
 from tests.faults.held import HeldServer
 from tests.faults.test_processes import Child
+from tests.faults.test_rounds import ONE, Moving
 from tests.scripted import ModelServer
 
 HOME = os.path.dirname(fastkv.__file__)
@@ -200,6 +208,56 @@ def test_a_signal_handler_forks_while_a_future_is_awaited(
     assert result == ([False] if how == "result" else None, lost)
 
 
+@pytest.mark.parametrize("how", ["wait", "as_completed"])
+def test_a_signal_handler_forks_while_futures_are_waited_for(how: str) -> None:
+    """With a time-out: see what is known in the README."""
+
+    def wait() -> object:
+        while True:
+            if how == "wait":
+                done = concurrent.futures.wait([future], 0.5).done
+            else:
+                done = set()
+                with contextlib.suppress(concurrent.futures.TimeoutError):
+                    done.update(concurrent.futures.as_completed([future], 0.5))
+            if done:
+                return future.result()
+
+    with HeldServer(1, "asked") as server:
+        client = fastkv.Redis(port=server.port, tile_connections=1)
+        future = client.submit_batch_tile_exists(["v"])
+        result = forks_while(wait, server.reached, server.go_on)
+        client.close()
+    assert result == ([False], "The batch was submitted before a fork, in the parent.")
+
+
+def test_a_signal_handler_forks_while_a_look_at_a_cluster_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is asked for once more in the child."""
+    parent = os.getpid()
+    reached, go_on = threading.Event(), threading.Event()
+    before = refresher._Crew.enter
+
+    def slow(self: refresher._Crew, waiter: refresher._Waiter) -> None:
+        if os.getpid() == parent:
+            reached.set()
+            assert go_on.wait(30)
+        before(self, waiter)
+
+    monkeypatch.setattr(refresher._Crew, "enter", slow)
+    shared = Refresher()
+    looks: list[int] = []
+
+    def look() -> object:
+        shared.run(Refresh(), lambda _: looks.append(os.getpid() - parent))
+        assert looks == [os.getpid() - parent]
+        return client.batch_tile_exists(["v"], timeout=20)
+
+    with ModelServer(1) as server, fastkv.Redis(port=server.port) as client:
+        assert forks_while(look, reached, go_on) == ([False], "[False]")
+
+
 @pytest.mark.parametrize("where", ["start", "close"])
 def test_a_signal_handler_forks_while_threads_are_started_or_joined(
     where: str, monkeypatch: pytest.MonkeyPatch
@@ -229,6 +287,103 @@ def test_a_signal_handler_forks_while_threads_are_started_or_joined(
         result = forks_while(use, reached, go_on)
         assert result == ((None, "None") if where == "close" else ([False], "[False]"))
         client.close()
+
+
+@pytest.mark.parametrize(
+    ("cluster", "how"),
+    [
+        *((False, "run"), (False, "submit"), (True, "run"), (True, "submit")),
+        *((True, "moved at once"), (True, "answered at once")),
+    ],
+)
+def test_a_signal_handler_forks_at_any_line_of_a_call(
+    cluster: bool, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the child the call ends, too, and the client can be used."""
+    parent = os.getpid()
+    drained = ClusterFuture._drained
+
+    def last(self: ClusterFuture) -> None:
+        # Then the submitting thread goes on with the rounds.
+        if threading.current_thread() is threading.main_thread():
+            assert eventually(lambda: len(self._left) == 1 or os.getpid() != parent)
+        drained(self)
+
+    if "at once" in how:
+        monkeypatch.setattr(ClusterFuture, "_drained", last)
+    of_slots = topology._Owners.__init__.__code__
+    left = 0
+    children: list[int] = []
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        code = frame.f_code
+        if not code.co_filename.startswith(HOME) or code is of_slots:
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                children.append(os.fork())
+                if children[-1] == 0:
+                    signal.alarm(20)  # ends a child that hangs
+        return trace
+
+    def call() -> bytes:
+        got = bytearray(2000)
+        if how == "run":
+            assert client.batch_tile_get(["a"], [got], timeout=30) == [True]
+        else:
+            future = client.submit_batch_tile_get(["a"], [got], timeout=30)
+            assert future.result(30) == [True]
+        return bytes(got)
+
+    def check_child() -> None:
+        """``call`` has returned or raised there."""
+        error = sys.exc_info()[1]
+        if error is not None:
+            assert isinstance(error, (OSError, ConnectionError)), error
+            assert "fork" in str(error)
+        assert call() == value
+        client.close()
+        assert eventually(lambda: not fastkv_threads()), fastkv_threads()
+
+    step = 1 if LONG else 11
+    at = random.randrange(step)
+    value = os.urandom(2000)
+    with Moving(1) if cluster else ModelServer(1) as server:
+        server.data[b"a"] = value
+        kwargs: dict[str, Any] = {"host": "127.0.0.1", "port": server.port, **ONE}
+        client = (fastkv.RedisCluster if cluster else fastkv.Redis)(**kwargs)
+        assert call() == value
+        while left <= 0:
+            at += step
+            left = at
+            status = 1
+            try:
+                try:
+                    if how == "answered at once":
+                        server.moved = True  # it has said so already
+                    sys.settrace(trace)
+                    assert call() == value
+                finally:
+                    sys.settrace(None)
+                    if os.getpid() != parent:
+                        check_child()
+                        status = 0
+            except BaseException:
+                if os.getpid() == parent:
+                    raise
+                if status:
+                    traceback.print_exc()
+            finally:
+                if os.getpid() != parent:
+                    os._exit(status)
+            while children:
+                code = os.waitstatus_to_exitcode(os.waitpid(children.pop(), 0)[1])
+                assert code == 0, at
+        client.close()
+    assert at > 50
 
 
 def test_a_connection_that_begins_during_a_fork_is_not_inherited(
