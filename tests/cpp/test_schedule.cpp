@@ -290,6 +290,21 @@ TEST(what_no_connection_serves_fails_with_the_connect_and_later_batches_get_a_tr
   CHECK(drain(*f.queue) == Ids{1});
 }
 
+TEST(what_another_schedule_has_refused_is_read_as_this_one_reads) {
+  Fixture f;  // nothing in ranges
+  Schedule other(1, {kValues}, 100, std::make_shared<Stats>());
+  const auto batch = std::make_shared<Batch>(Command::get);
+  batch->add_key("k");
+  batch->add_segment(nullptr, 1 << 20);
+  batch->end_value();
+  const auto policy = std::make_shared<const RetryPolicy>();
+  other.close({Code::closed, {}});
+  CHECK(!other.submit(batch, 1, f.queue, policy, {}).ok());
+  CHECK(f.schedule.submit(batch, 1, f.queue, policy, {}).ok());
+  CHECK(!batch->in_ranges(0));
+  f.schedule.close({Code::closed, {}});
+}
+
 int main() {
   return check::run_all();
 }
