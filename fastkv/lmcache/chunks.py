@@ -11,6 +11,7 @@ them has another length, so neither kind is taken for the other.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 from collections import Counter
@@ -121,7 +122,8 @@ class ChunkStore:
         self._encoder = self._client.get_encoder()
         self._suspect = False
         self._counts: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        # By process: one that a thread of the parent's had, nobody lets go in a child.
+        self._locks: dict[int, threading.Lock] = {}
         self._log = Limited(logger)
         try:
             # redis-py would find out about a wrong argument at the first connect.
@@ -146,17 +148,13 @@ class ChunkStore:
         """Complete what is pending with an error, join the threads. Idempotent."""
         self.carrier.close()
 
-    def after_fork_in_child(self) -> None:
-        """The thread that may have held the lock does not exist here."""
-        self._lock = threading.Lock()
-
     def counts(self) -> dict[str, int]:
         """Chunks since the start, by what became of them: ``loaded``, ``missed``,
         ``found``, ``not_found``, ``stored``, ``deleted``, ``not_deleted``,
         ``wrong_size``, ``corrupt`` (a wrong checksum), ``refused`` (an error reply),
         ``no_memory`` (LMCache had none to load into) and ``failed`` (no answer).
         """
-        with self._lock:
+        with self._lock():
             return dict(self._counts)
 
     def tile_info(self) -> TileInfo:
@@ -327,9 +325,12 @@ class ChunkStore:
                 counted = len(errors) if request.counted else 0
                 self.complain(kind, counted, outcome.error)
 
+    def _lock(self) -> threading.Lock:
+        return self._locks.setdefault(os.getpid(), threading.Lock())
+
     def _count(self, kind: str, chunks: int) -> None:
         if chunks:
-            with self._lock:
+            with self._lock():
                 self._counts[kind] += chunks
 
     def _redacted(self, text: str) -> str:

@@ -197,7 +197,6 @@ class NativeClient:
         if self._pid == os.getpid():
             return True
         self._queue.close_after_fork()
-        self._store.after_fork_in_child()
         for future_id, request in list(self._in_flight.values()):
             self._ready.append(_failure(future_id, len(request.batch), _left_behind()))
         self._in_flight.clear()

@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -449,6 +450,34 @@ def test_a_child_of_a_client_that_was_not_used_yet_fails_and_the_parent_works(
     assert os.waitpid(child, 0)[1] == 0
     assert lm.exists(["a"]) == [False]
     assert lm.set(["a"], [b"x"]) == [True]
+
+
+def test_a_fork_while_another_thread_counts_leaves_the_counts_readable(
+    server: PrivateServer, demux: Any
+) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Slow(Counter[str]):
+        def __setitem__(self, kind: str, chunks: int) -> None:
+            inside.set()
+            assert go_on.wait(30)
+            super().__setitem__(kind, chunks)
+
+    lm = demux(f"redis://127.0.0.1:{server.port}")
+    lm.client._store._counts = Slow()
+    thread = threading.Thread(target=lm.exists, args=(["a"],))
+    thread.start()
+    assert inside.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends a child that hangs
+        signal.alarm(10)
+        os._exit(0 if lm.client.counts() == {} else 2)
+    status = os.waitpid(child, 0)[1]
+    go_on.set()
+    thread.join()
+    assert status == 0
+    assert lm.client.counts() == {"not_found": 1}
 
 
 # --- memory --------------------------------------------------------------------------
