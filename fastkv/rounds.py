@@ -87,9 +87,15 @@ class Cluster(Protocol):
         """How often the client was closed."""
 
     def _tile_route(
-        self, batch: Batch, indices: Sequence[int], asked: dict[int, Address]
+        self,
+        batch: Batch,
+        indices: Sequence[int],
+        asked: dict[int, Address],
+        failed: set[str],
     ) -> tuple[list[Part], list[int]]:
-        """Parts with all of ``indices``, and those whose slots nobody serves."""
+        """Parts with all of ``indices``, and those whose slots nobody serves. Of nodes
+        that have the same keys, those that have ``failed`` come last.
+        """
 
     def _tile_calls(self) -> Stats:
         """Where whole calls are counted."""
@@ -112,7 +118,11 @@ Steps: TypeAlias = "Generator[Send | Refresh, None, None]"
 
 
 class _Tries:
-    """How often each key was sent, within the client's policy."""
+    """How often each key was sent, within the client's policy.
+
+    Attributes:
+        failed: Names of nodes that could not answer.
+    """
 
     def __init__(self, retry: Any) -> None:
         self._retries: int = retry.get_retries()
@@ -120,9 +130,16 @@ class _Tries:
         self._backoff.reset()
         self._losses: dict[int, int] = {}
         self._hops: dict[int, int] = {}
+        self.failed: set[str] = set()
 
-    def lose(self, indices: Iterable[int], error: Exception) -> float:
-        """These were not answered. Returns seconds to wait, or raises ``error``."""
+    def lose(
+        self, indices: Iterable[int], error: Exception, name: str | None = None
+    ) -> float:
+        """These were not answered, by node ``name``. Returns seconds to wait, or raises
+        ``error``.
+        """
+        if name is not None:
+            self.failed.add(name)
         most = 0
         for index in indices:
             losses = self._losses[index] = self._losses.get(index, 0) + 1
@@ -167,7 +184,7 @@ def rounds(cluster: Cluster, batch: Batch, seconds: float) -> Steps:
 
     try:
         while pending:
-            parts, uncovered = cluster._tile_route(batch, pending, asked)
+            parts, uncovered = cluster._tile_route(batch, pending, asked, tries.failed)
             asked = {}
             again = list(uncovered)
             refresh = Refresh()
@@ -194,13 +211,17 @@ def rounds(cluster: Cluster, batch: Batch, seconds: float) -> Steps:
                         if part.batch.code == Code.TIMED_OUT:
                             left()
                         raise error
+                    # The keys behind one that was answered by LOADING are lost.
+                    refresh.down |= isinstance(error, BusyLoadingError)
                     refresh.lost.add(part.name)
-                    pause = tries.lose(unanswered, error)
+                    pause = tries.lose(unanswered, error, part.name)
                     part.node.stats.add_retries(len(unanswered))
                     refresh.pause = max(refresh.pause, pause)
                 for index, line in redirected:
                     again.append(index)
-                    pause = _redirect(cluster, tries, refresh, asked, index, line)
+                    pause = _redirect(
+                        *(cluster, tries, refresh, asked, index, line, part.name)
+                    )
                     refresh.pause = max(refresh.pause, pause)
             pending = again
             if not pending:
@@ -235,7 +256,8 @@ def _may_repeat(part: Part, error: Exception) -> bool:
         Code.CONNECTION_LOST,
         Code.STALLED,
     ):
-        return type(error) in AbstractRedisCluster.ERRORS_ALLOW_RETRY
+        allowed = (*AbstractRedisCluster.ERRORS_ALLOW_RETRY, BusyLoadingError)
+        return type(error) in allowed
     return False
 
 
@@ -246,13 +268,17 @@ def _redirect(
     asked: dict[int, Address],
     index: int,
     line: str,
+    name: str,
 ) -> float:
-    """Note where a key has to go. Returns seconds to wait before it does."""
+    """Note where a key has to go, that node ``name`` has sent elsewhere. Returns
+    seconds to wait before it does.
+    """
     error = error_of_reply(line)
-    # LOADING: a node that has come back, and in a cluster there are others.
+    # LOADING: a node that has come back, and in a cluster there are others. MASTERDOWN
+    # is a ClusterDownError, too.
     if isinstance(error, (ClusterDownError, BusyLoadingError)):
         refresh.down = True
-        return tries.lose([index], error)
+        return tries.lose([index], error, name)
     if isinstance(error, AskError):  # MovedError is one, too
         error.host, error.port = cluster._tile_remap((error.host, error.port))
         if isinstance(error, MovedError):

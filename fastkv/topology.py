@@ -92,7 +92,11 @@ class Routing:
         return remapped
 
     def _tile_route(
-        self, batch: Batch, indices: Sequence[int], asked: dict[int, Address]
+        self,
+        batch: Batch,
+        indices: Sequence[int],
+        asked: dict[int, Address],
+        failed: set[str],
     ) -> tuple[list[Part], list[int]]:
         if self._tile_replaced:
             self._leave_replaced()
@@ -119,7 +123,7 @@ class Routing:
                 uncovered = some
                 continue
             nodes = list(owners.nodes[number])  # redis-py reorders it at a failover
-            for place, share in self._spread(batch, nodes, some):
+            for place, share in self._spread(batch, nodes, some, failed):
                 key = (nodes[place].name, place > 0)
                 chosen.setdefault(key, (nodes[place], []))[1].extend(share)
         for (_, replica), (node, some) in chosen.items():
@@ -131,12 +135,17 @@ class Routing:
         return parts, uncovered
 
     def _spread(
-        self, batch: Batch, nodes: Sequence[Any], indices: list[int]
+        self,
+        batch: Batch,
+        nodes: Sequence[Any],
+        indices: list[int],
+        failed: set[str],
     ) -> Iterator[tuple[int, list[int]]]:
         """Which of a shard's nodes get which of its keys: ``(place in nodes, keys)``.
 
         With reads from replicas, as many stretches as there are nodes, each to the one
-        that redis-py's balancer names.
+        that redis-py's balancer names, or to another if that has failed: balanced, a
+        stretch that was lost would be cut up again, and a part of it lost each time.
         """
         strategy = self.load_balancing_strategy
         if strategy is None and self.read_from_replicas:
@@ -146,9 +155,14 @@ class Routing:
             yield 0, indices
             return
         balancer = self.nodes_manager.read_load_balancer
+        others = [i for i, node in enumerate(nodes) if node.name not in failed]
         size = math.ceil(len(indices) / len(nodes))
         for at in range(0, len(indices), size):
             place = balancer.get_server_index(nodes[0].name, len(nodes), strategy)
+            if nodes[place].name in failed:
+                place = (
+                    others[-1] if others else place
+                )  # the primary is the last resort
             yield place, indices[at : at + size]
 
     def _part(self, batch: Batch, cluster_node: Any, indices: list[int]) -> Part:

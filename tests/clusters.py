@@ -61,6 +61,9 @@ class Member:
                 "0",
                 "--repl-diskless-sync-delay",
                 "0",
+                # With the first ping a replica has something, see `wait_for_replicas`.
+                "--repl-ping-replica-period",
+                "1",
             ),
             *arguments,
             **kwargs,

@@ -54,7 +54,7 @@ SlotMap::SlotMap(std::span<const std::uint16_t> owners) noexcept {
 bool redirects(std::string_view error) noexcept {
   return error.starts_with("MOVED ") || error.starts_with("ASK ") ||
          error.starts_with("TRYAGAIN") || error.starts_with("CLUSTERDOWN") ||
-         error.starts_with("LOADING ");
+         error.starts_with("MASTERDOWN") || error.starts_with("LOADING ");
 }
 
 }  // namespace fastkv

@@ -32,8 +32,8 @@ class SlotMap {
 };
 
 // Whether an error reply says nothing about its key, but where to ask for it, or to ask again:
-// MOVED, ASK, TRYAGAIN, CLUSTERDOWN, and LOADING, of a node that comes back. The command was not
-// run.
+// MOVED, ASK, TRYAGAIN, CLUSTERDOWN, MASTERDOWN, of a replica that lags, and LOADING, of a node
+// that comes back. The command was not run.
 bool redirects(std::string_view error) noexcept;
 
 }  // namespace fastkv

@@ -28,6 +28,9 @@ from tests.faults.test_network import OFTEN, Line
 SIZES = [size for size in network.SIZES for _ in range(3)]
 SMALL_SIZES = [size for size in network.SMALL_SIZES for _ in range(3)]
 
+# Milliseconds. On a busy machine none shall think that another one is dead.
+CALM_NODES = "30000"
+
 
 class ClusterFutures(Futures):
     made_by = fastkv.RedisCluster
@@ -51,8 +54,8 @@ WAYS: dict[str, Callable[..., Caller]] = {
 class Plain:
     """redis-py's client of the servers themselves, for keys of any slots."""
 
-    def __init__(self, servers: ClusterServers) -> None:
-        self._client = redis.RedisCluster(host="127.0.0.1", port=servers.port)
+    def __init__(self, servers: ClusterServers, **tls: Any) -> None:
+        self._client = redis.RedisCluster(host="127.0.0.1", port=servers.port, **tls)
 
     def _each(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         with self._client.pipeline() as pipeline:
@@ -96,25 +99,26 @@ NAMES = [next(tags) for _ in "ab" for tags in _TAGS]
 
 @dataclass
 class Net:
-    """A cluster, and a proxy before each of its nodes."""
+    """A cluster, and a proxy before each of its nodes, the replicas' last."""
 
     servers: ClusterServers
     proxies: list[Proxy]
     plain: Plain
+    tls: dict[str, Any]  # arguments of a client
 
     @classmethod
     @contextlib.contextmanager
-    def around(cls, servers: ClusterServers) -> Iterator[Net]:
+    def around(cls, servers: ClusterServers, **tls: Any) -> Iterator[Net]:
         with contextlib.ExitStack() as stack:
             proxies = [
                 stack.enter_context(Proxy(("127.0.0.1", member.port)))
-                for member in servers.primaries
+                for member in servers.members
             ]
-            plain = stack.enter_context(contextlib.closing(Plain(servers)))
-            yield cls(servers, proxies, plain)
+            plain = stack.enter_context(contextlib.closing(Plain(servers, **tls)))
+            yield cls(servers, proxies, plain, tls)
 
     def __post_init__(self) -> None:
-        ports = [member.port for member in self.servers.primaries]
+        ports = [member.port for member in self.servers.members]
         self.led = dict(
             zip(ports, (proxy.address for proxy in self.proxies), strict=True)
         )
@@ -128,8 +132,9 @@ class Net:
             "host": host,
             "port": port,
             "address_remap": lambda address: self.led.get(address[1], address),
+            **self.tls,
         }
-        names = NAMES[victim:] + NAMES[:victim]
+        names = NAMES[victim % 3 :] + NAMES[: victim % 3]
         return Line(self.proxies[victim], self.plain, kwargs, False, WAYS, names)
 
     def heal(self) -> None:
@@ -154,8 +159,7 @@ class Net:
 
 
 def start(binary: ServerBinary) -> ClusterServers:
-    # On a busy machine none shall think that another one is dead.
-    return ClusterServers(binary, "--cluster-node-timeout", "30000")
+    return ClusterServers(binary, "--cluster-node-timeout", CALM_NODES)
 
 
 #: For a fixture.

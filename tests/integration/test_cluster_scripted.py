@@ -115,6 +115,11 @@ def test_a_node_that_is_loading_is_asked_again(
     node.expect("EXISTS", "b").reply(b"-LOADING Redis is loading\r\n")
     node.expect("EXISTS", "b").reply(b":1\r\n")
     assert client.batch_tile_exists(["b"]) == [True]
+    # With the keys that were behind it.
+    node.expect("EXISTS", "a").reply(b"-LOADING Redis is loading\r\n").close()
+    node.expect("EXISTS", "b").reply(b":0\r\n")
+    node.expect("EXISTS", "a").reply(b":1\r\n")
+    assert client.batch_tile_exists(["a", "b"]) == [True, False]
 
 
 def test_clusterdown_ends_after_the_clients_retries(
