@@ -31,7 +31,7 @@ from redis.retry import Retry
 
 import fastkv
 from fastkv.cli.private_server import PrivateServer
-from tests.conftest import SERVERS, eventually
+from tests.conftest import SERVERS, Endpoint, eventually
 from tests.faults.conftest import LONG
 
 SEED = int(os.environ.get("FASTKV_SEED", "1"))
@@ -55,10 +55,14 @@ def admin(own_server: PrivateServer) -> Iterator[redis.Redis]:
         yield admin
 
 
-@pytest.fixture
-def connect(make: Any, own_server: PrivateServer) -> Callable[..., fastkv.Redis]:
+@pytest.fixture(params=["tcp", "unix"] if LONG else ["tcp"])
+def connect(
+    request: pytest.FixtureRequest, make: Any, own_server: PrivateServer
+) -> Callable[..., fastkv.Redis]:
+    address = Endpoint(own_server, request.param == "unix").kwargs
+
     def connect(retry: Retry = NEVER, **options: Any) -> fastkv.Redis:
-        client: fastkv.Redis = make(port=own_server.port, **options)
+        client: fastkv.Redis = make(**address, **options)
         client.set_retry(retry)
         return client
 
