@@ -18,6 +18,8 @@
 #include <vector>
 
 #include "check.hpp"
+#include "engine.hpp"
+#include "peer.hpp"
 #include "tls.hpp"
 
 using namespace fastkv;
@@ -361,6 +363,59 @@ TEST(new_keys_in_the_middle_are_no_stall) {
       }
     }
     CHECK(received == std::string(3000, 'r'));
+  }
+}
+
+// As a server that is careful: whoever loads and stores much is given new keys in between.
+TEST(new_keys_under_load_change_no_answer) {
+  constexpr std::size_t kKeys = 12;
+  const std::string value = random_bytes(100'000);
+  Pair pair = make_pair();
+  {
+    const Server server(std::move(pair.server), [&](SSL* ssl) {
+      std::string in;
+      char chunk[20'000];
+      for (int count = 0; (count = SSL_read(ssl, chunk, sizeof chunk)) > 0;) {
+        in.append(chunk, static_cast<std::size_t>(count));
+        while (const auto words = take_request(in)) {
+          const bool right = (*words)[0] == "GET" || (*words)[2] == value;
+          const std::string reply = (*words)[0] == "GET" ? bulk(value)
+                                    : right              ? "+OK\r\n"
+                                                         : "-ERR\r\n";
+          for (std::size_t at = 0; at < reply.size(); at += 30'000) {
+            CHECK(SSL_key_update(ssl, SSL_KEY_UPDATE_REQUESTED) == 1);
+            send_all(ssl, std::string_view(reply).substr(at, 30'000));
+          }
+        }
+      }
+    });
+    Engine engine(1, 1, Window{64 * 1024, 64, 0});
+    pollfd entry{engine.connect_event(), POLLIN, 0};
+    auto queue = std::make_shared<CompletionQueue>();
+    std::vector<std::string> memory(2 * kKeys, value);
+    std::vector<std::shared_ptr<Batch>> batches;
+    for (const Command command : {Command::get, Command::set}) {
+      const std::size_t first = batches.size() * kKeys;
+      batches.push_back(std::make_shared<Batch>(command));
+      for (std::size_t i = first; i < first + kKeys; ++i) {
+        if (command == Command::get) memory[i].assign(value.size(), '\xa5');
+        batches.back()->add_key("k");
+        batches.back()->add_segment(memory[i].data(), memory[i].size());
+        batches.back()->end_value();
+      }
+      engine.submit(batches.back(), next_id++, queue, retry(0), 0);
+    }
+    CHECK(::poll(&entry, 1, 10'000) == 1);
+    const auto lane = engine.take_connect_request();
+    CHECK(lane.has_value());
+    engine.adopt(*lane, connect(std::move(pair.client)), 10, 0);
+    wait_for(*queue, batches.size());
+    for (const auto& batch : batches) {
+      CHECK(batch->status().ok());
+      for (std::size_t i = 0; i < kKeys; ++i) CHECK(batch->outcome(i) == Outcome::hit);
+    }
+    for (const std::string& bytes : memory) CHECK(bytes == value);
+    engine.close();
   }
 }
 
