@@ -26,6 +26,7 @@ from tests.faults.calls import COMMANDS, Awaited, Blocking, Caller, Futures
 from tests.faults.conftest import LONG
 from tests.faults.proxy import Fault, Proxy
 from tests.faults.test_network import CALM, OFTEN, SEED, SINGLE, SIZES, Line, told
+from tests.tls import Authority, TlsServer, server_arguments
 
 pytestmark = pytest.mark.skipif(not SERVERS, reason="no server found")
 
@@ -52,7 +53,8 @@ class AwaitedLed(fastkv.asyncio.Sentinel):
 
 def master_of(kind: Any, sentinel: Proxy, led: dict[int, Proxy], **kwargs: Any) -> Any:
     retry = redis.asyncio.retry.Retry if kind is AwaitedLed else Retry
-    settings = {"socket_timeout": 5.0, "retry": retry(NoBackoff(), 0)}
+    settings: dict[str, Any] = {"socket_timeout": 5.0, "retry": retry(NoBackoff(), 0)}
+    settings |= {name: of for name, of in kwargs.items() if name.startswith("ssl")}
     watcher = kind([sentinel.address], sentinel_kwargs=settings)
     watcher.led = led
     return watcher.master_for("mymaster", **kwargs)
@@ -99,20 +101,19 @@ WAYS: dict[str, Callable[..., Caller]] = {
 class Watch:
     """A Sentinel, who names one of two servers, each of them behind a proxy."""
 
-    servers: list[PrivateServer]
+    ports: list[int]  # of the servers
     plain: list[redis.Redis]
     led: list[Proxy]
     sentinel: SentinelServer
     asked: Proxy  # before the Sentinel
+    tls: dict[str, Any]  # arguments of a client
 
     def line(self, number: int = 0) -> Line:
         """To the master, who shall be that server."""
         kwargs = {
             "sentinel": self.asked,
-            "led": {
-                server.port: proxy
-                for server, proxy in zip(self.servers, self.led, strict=True)
-            },
+            "led": dict(zip(self.ports, self.led, strict=True)),
+            **self.tls,
         }
         return Line(self.led[number], self.plain[number], kwargs, False, WAYS)
 
@@ -120,14 +121,41 @@ class Watch:
         """From here on this server is the master."""
         self.sentinel.call("REMOVE", "mymaster")
         self.sentinel.call(
-            "MONITOR", "mymaster", "127.0.0.1", str(self.servers[number].port), "2"
+            "MONITOR", "mymaster", "127.0.0.1", str(self.ports[number]), "2"
         )
 
 
-@pytest.fixture(scope="module")
-def running_watch() -> Iterator[tuple[list[PrivateServer], SentinelServer]]:
-    with PrivateServer(SERVERS[0]) as one, PrivateServer(SERVERS[0]) as other:
-        sentinel = SentinelServer(SERVERS[0], one.port)
+@dataclass
+class Running:
+    """Servers, who do not know of each other, and a Sentinel."""
+
+    servers: list[PrivateServer]
+    ports: list[int]
+    sentinel: SentinelServer
+    tls: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=["tcp"])
+def running_watch(request: pytest.FixtureRequest) -> Iterator[Running]:
+    """Over TCP, or over TLS for those tests that say so."""
+    servers: list[PrivateServer]
+    tls: dict[str, Any] = {}
+    arguments: list[str] = []
+    if request.param == "tcp":
+        servers = [PrivateServer(SERVERS[0]) for _ in "ab"]
+        ports = [server.port for server in servers]
+    else:
+        binary = request.getfixturevalue("tls_binary")
+        folder = request.getfixturevalue("tmp_path_factory").mktemp("certificates")
+        authority = Authority(folder, "authority")
+        assert authority.identity is not None
+        shown = authority.issue("server", ("localhost", "127.0.0.1"))
+        secure = [TlsServer(binary, shown, authority.identity) for _ in "ab"]
+        servers, ports = [*secure], [server.tls_port for server in secure]
+        arguments = server_arguments(shown, authority.identity)
+        tls = {"ssl": True, "ssl_ca_certs": authority.identity.cert_file}
+    with servers[0], servers[1]:
+        sentinel = SentinelServer(servers[0].binary, ports[0], arguments)
 
         def answers() -> bool:
             with contextlib.suppress(ConnectionError):
@@ -135,18 +163,18 @@ def running_watch() -> Iterator[tuple[list[PrivateServer], SentinelServer]]:
             return False
 
         wait_until(answers)
-        yield [one, other], sentinel
+        yield Running(servers, ports, sentinel, tls)
         sentinel.stop()
 
 
 @pytest.fixture
-def watch(running_watch: Any, no_leaks: None) -> Iterator[Watch]:
-    servers, sentinel = running_watch
+def watch(running_watch: Running, no_leaks: None) -> Iterator[Watch]:
+    sentinel, ports = running_watch.sentinel, running_watch.ports
     with contextlib.ExitStack() as stack:
-        plain = [stack.enter_context(server.client()) for server in servers]
-        led = [stack.enter_context(Proxy(("127.0.0.1", s.port))) for s in servers]
+        plain = [stack.enter_context(of.client()) for of in running_watch.servers]
+        led = [stack.enter_context(Proxy(("127.0.0.1", port))) for port in ports]
         asked = stack.enter_context(Proxy(("127.0.0.1", sentinel.port)))
-        watch = Watch(servers, plain, led, sentinel, asked)
+        watch = Watch(ports, plain, led, sentinel, asked, running_watch.tls)
         watch.name(0)
         yield watch
 
@@ -170,6 +198,33 @@ def test_the_master_may_be_lost_at_every_byte(
                 with told(caller, fault, retries):
                     calls = [(command, SIZES)] * 2
                     network.strike(line, random_, caller, calls, fault, retries, enough)
+
+
+@pytest.mark.parametrize("running_watch", ["tls"], indirect=True)
+@pytest.mark.parametrize("kind", ["cut", "stall"])
+def test_a_master_that_speaks_tls_may_be_lost(watch: Watch, kind: str) -> None:
+    """A connection of it that is there, and one that is being made."""
+    random_ = random.Random(f"{SEED} {kind}")
+    line = watch.line()
+    settings, enough = (line.brisk, OFTEN) if kind == "stall" else (CALM, 0)
+    (way,) = network.one_way(random_)
+    command = random_.choice(COMMANDS)
+    with network.calling([way], line, **SINGLE, **settings) as (caller,):
+        for fresh in (False, True) if LONG else [random_.random() < 0.5]:
+            totals = network.bytes_of_a_call(line, random_, command, SIZES)
+            if fresh:
+                totals = network.bytes_of_a_connection(line)
+            for up, total in zip((True, False), totals, strict=True):
+                for at in network.some(line, random_, total, 2):
+                    fault = Fault(kind, at, up)
+                    retries = random_.choice([0, enough or 2])
+                    with told(way, command, fault, retries):
+                        if fresh:
+                            line.proxy.drop_all()
+                        calls = [(command, SIZES)] * 2
+                        network.strike(
+                            *(line, random_, caller, calls, fault, retries, enough)
+                        )
 
 
 @pytest.mark.parametrize("kind", ["cut", "reset", "stall", "refuse"])
