@@ -8,28 +8,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import redis
 from redis.exceptions import RedisClusterException, TimeoutError
 
 import fastkv
 import fastkv.asyncio
 from fastkv._core import key_slot
-from fastkv.cli.private_server import ServerBinary
 from tests.clusters import ClusterServers
-from tests.conftest import SERVERS
 from tests.faults import test_network as network
 from tests.faults.calls import Awaited, Blocking, Caller, Futures
-from tests.faults.conftest import LONG
 from tests.faults.proxy import Proxy
 from tests.faults.test_network import OFTEN, Line
 
 # Of each kind one for each node.
 SIZES = [size for size in network.SIZES for _ in range(3)]
 SMALL_SIZES = [size for size in network.SMALL_SIZES for _ in range(3)]
-
-# Milliseconds. On a busy machine none shall think that another one is dead.
-CALM_NODES = "30000"
 
 
 class ClusterFutures(Futures):
@@ -156,14 +149,3 @@ class Net:
             through = {f"{host}:{port}" for host, port in self.led.values()}
             for caller in callers:
                 assert caller.client.tile_info()["nodes"].keys() <= through
-
-
-def start(binary: ServerBinary) -> ClusterServers:
-    return ClusterServers(binary, "--cluster-node-timeout", CALM_NODES)
-
-
-#: For a fixture.
-BINARIES = [
-    pytest.param(binary, id=str(binary))
-    for binary in (SERVERS if LONG else SERVERS[:1])
-] or [pytest.param(None, marks=pytest.mark.skip(reason="no server found"))]

@@ -18,7 +18,7 @@ from tests.clusters import ClusterServers
 from tests.faults import test_network as network
 from tests.faults.calls import COMMANDS, Caller, Trial
 from tests.faults.conftest import LONG
-from tests.faults.nets import BINARIES, SIZES, SMALL_SIZES, WAYS, Net, start
+from tests.faults.nets import SIZES, SMALL_SIZES, WAYS, Net
 from tests.faults.proxy import Fault
 from tests.faults.test_network import CALM, OFTEN, SEED, SINGLE, told
 
@@ -29,12 +29,6 @@ BRISK = {"socket_timeout": 0.25}
 def others(sizes: Sequence[int]) -> list[int]:
     """Keys that are not the victim's."""
     return [i for i in range(len(sizes)) if i % 3]
-
-
-@pytest.fixture(scope="module", params=BINARIES)
-def servers(request: pytest.FixtureRequest) -> Iterator[ClusterServers]:
-    with start(request.param) as servers:
-        yield servers
 
 
 # In this order: our own descriptors to the servers are there before it looks.

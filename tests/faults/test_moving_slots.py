@@ -12,7 +12,7 @@ from fastkv._core import key_slot
 from tests.clusters import ClusterServers
 from tests.faults.calls import COMMANDS, Caller, Trial
 from tests.faults.conftest import LONG
-from tests.faults.nets import BINARIES, NAMES, WAYS, Net, start, tags_of
+from tests.faults.nets import NAMES, WAYS, Net, tags_of
 from tests.faults.proxy import Fault
 from tests.faults.test_network import CALM, SEED, SINGLE, told
 
@@ -24,12 +24,6 @@ SOURCE, TARGET, OTHER = range(3)
 
 # A slot that goes back to where it was may be claimed by two servers for a while.
 _TAGS = tags_of(SOURCE, "m")
-
-
-@pytest.fixture(scope="module", params=BINARIES)
-def servers(request: pytest.FixtureRequest) -> Iterator[ClusterServers]:
-    with start(request.param) as servers:
-        yield servers
 
 
 # In this order: our own descriptors to the servers are there before it looks.
