@@ -83,8 +83,9 @@ lint: $(BIN)/.test
 	@printf '%s\n' $(CPP) | xargs -P "$$(nproc)" -I{} $(BIN)/clang-tidy --quiet {} -- -std=c++20 -Ifastkv_ext/cpp
 	$(BIN)/codespell
 
-# Each test is a program over check.hpp, linked with all of cpp/; and what the fuzzer has found
-# worth keeping is replayed. SANITIZE=address,undefined or thread, as the compiler names them.
+# Each test is a program over check.hpp, linked with all of cpp/, and waits more than it works; and
+# what the fuzzer has found worth keeping is replayed. SANITIZE=address,undefined or thread, as the
+# compiler names them.
 SANITIZE :=
 BUILD := build/cpp$(SANITIZE:%=-%)
 CPP_TESTS := $(patsubst tests/cpp/%.cpp,$(BUILD)/%,$(wildcard tests/cpp/test_*.cpp))
@@ -109,7 +110,7 @@ $(BUILD)/replay_%: tests/fuzz/fuzz_%.cpp tests/fuzz/replay.cpp $(OBJECTS) $(HEAD
 
 test-cpp: $(BIN)/python
 	@$(MAKE) -s -j "$$(nproc)" $(CPP_TESTS) $(FUZZED:%=$(BUILD)/replay_%)
-	@for test in $(CPP_TESTS); do echo $$test; $$test || exit 1; done
+	@printf '%s\n' $(CPP_TESTS) | xargs -n 1 -P "$$(nproc)" sh -c 'said=$$($$0 2>&1); code=$$?; echo "$$0"; echo "$$said"; exit $$code'
 	@for target in $(FUZZED); do echo $(BUILD)/replay_$$target; \
 	  $(BUILD)/replay_$$target tests/fuzz/corpus/$$target || exit 1; done
 

@@ -159,10 +159,8 @@ class Routing:
         size = math.ceil(len(indices) / len(nodes))
         for at in range(0, len(indices), size):
             place = balancer.get_server_index(nodes[0].name, len(nodes), strategy)
-            if nodes[place].name in failed:
-                place = (
-                    others[-1] if others else place
-                )  # the primary is the last resort
+            if others and nodes[place].name in failed:
+                place = others[-1]  # the primary, the first, is the last resort
             yield place, indices[at : at + size]
 
     def _part(self, batch: Batch, cluster_node: Any, indices: list[int]) -> Part:
