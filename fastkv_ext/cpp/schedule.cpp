@@ -317,13 +317,14 @@ Schedule::Run Schedule::pull(PrioritySet priorities, std::uint64_t generation,
   // One that gets no answer must not hold the others back for ever.
   const bool one_out = stores_out_ > 0 && now - stores_since_.load() < kStorePatience;
   const bool stores_may = stores_asked && !(urgent(now) && one_out);
-  if (!stores_may || !stores_overdue(now)) {
-    for (const Priority priority : {Priority::lookup, Priority::retrieve}) {
-      if ((priorities & priority_bit(priority)) == 0 || !has_work(priority_bit(priority))) continue;
-      return take_locked(priority, max_requests, max_bytes);
-    }
+  const bool loads_asked = (priorities & with_work() & ~kStores) != 0;
+  if (loads_asked && (!stores_may || !stores_overdue(now) || loads_turn_)) {
+    if (stores_asked) loads_turn_ = false;
+    const bool lookups = (priorities & with_work() & priority_bit(Priority::lookup)) != 0;
+    return take_locked(lookups ? Priority::lookup : Priority::retrieve, max_requests, max_bytes);
   }
   if (stores_may) {
+    if (loads_asked) loads_turn_ = true;
     stores_since_ = now;
     if (urgent(now)) max_bytes = std::min(max_bytes, kUrgentStoreBytes);
     return take_locked(Priority::store, max_requests, max_bytes);

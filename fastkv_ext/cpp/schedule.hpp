@@ -82,7 +82,9 @@ class Schedule {
   // Nothing for a lane of an old generation. While there are lookups or retrieves, and for a while
   // after, one large store is on its way at a time: however many connections send, the server is
   // one, and each of them would have it read megabytes before it looks at the next request. A store
-  // that is overdue comes before retrieves, or retrieves without end would starve it.
+  // that is overdue comes before retrieves, or retrieves without end would starve it; then it is
+  // their turn, or stores that are given up one after the other, each with its connection, would
+  // starve them.
   //
   // A store that is given up in the middle ends its connection. So those that had no answer since
   // `silent`, whatever they were on, and the others go on connections of their own: `mixes` says
@@ -198,6 +200,7 @@ class Schedule {
   std::vector<std::uint32_t> connect_requests_;
   std::vector<Notice> notices_;
   std::vector<bool> connected_;  // by lane
+  bool loads_turn_ = false;      // a store went before them, where either might have
 
   // Operations queued, by priority. Written under mutex_; read without it as a hint whether pull
   // is worth the lock (see Inbox::asleep).

@@ -57,6 +57,7 @@ void Session::push(const Operation& operation) {
   Waiting waiting{.ticket = operation.ticket,
                   .command = operation.command,
                   .repeatable = operation.repeatable,
+                  .returned = operation.returned,
                   .first_byte = queued_,
                   .value = operation.value,
                   .value_bytes = total_bytes(operation.value)};
@@ -464,6 +465,12 @@ bool Session::waited_for() const noexcept {
 bool Session::holds_unrepeatable() const noexcept {
   return std::any_of(waiting_.begin(), waiting_.end(), [this](const Waiting& one) {
     return !one.repeatable && !one.abandoned && written_ > one.first_byte;
+  });
+}
+
+bool Session::holds_returned() const noexcept {
+  return std::any_of(waiting_.begin(), waiting_.end(), [](const Waiting& one) {
+    return (one.reader ? one.reader->operation.returned : one.returned) && !is_nobodys(one);
   });
 }
 

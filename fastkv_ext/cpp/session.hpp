@@ -67,6 +67,7 @@ struct Operation {
   bool helping = false;          // ... that another connection has begun
   bool asking = false;           // ask a node of a cluster that does not own the slot yet
   bool repeatable = true;        // false: it may change more if it is sent twice
+  bool returned = false;         // it was on another connection, and got no answer there
   std::string_view set_options;  // set: arguments after the value, already RESP bulk strings
   std::size_t set_option_count = 0;
 };
@@ -175,6 +176,8 @@ class Session {
   bool waited_for() const noexcept;
   // ... to what must not be sent again.
   bool holds_unrepeatable() const noexcept;
+  // ... to what came back from another connection.
+  bool holds_returned() const noexcept;
 
  private:
   // Our part in a GET in ranges. Its steps stand in waiting_, and point here.
@@ -196,6 +199,7 @@ class Session {
     Command command = Command::get;
     bool abandoned = false;
     bool repeatable = true;
+    bool returned = false;
     // Where the request begins and ends in the stream of all requests.
     std::uint64_t first_byte = 0;
     std::uint64_t end_byte = 0;

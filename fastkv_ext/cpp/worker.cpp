@@ -25,6 +25,8 @@ constexpr std::size_t kUrgentWrite = std::size_t{512} << 10;
 // given up, or to a health check. Then the connection is taken for dead, as redis-py takes each
 // whose caller has timed out.
 constexpr auto kDoubtPatience = std::chrono::seconds(1);
+// Without a stall time-out: what had no answer for so long goes apart from those who give up.
+constexpr auto kSilence = std::chrono::seconds(5);
 // Between two connections for the sake of others' values, if the first had done nothing.
 constexpr auto kHelpPause = std::chrono::seconds(1);
 // Of a worker's own requests.
@@ -346,7 +348,10 @@ void Worker::feed(Lane& lane) {
   if (lane.state != State::connected || lane.checking) return;
   if (lane.session.owes_given_up()) return;  // others may be quicker, see is_in_doubt
   Session& session = lane.session;
-  if (idle) lane.kept_from = Clock::time_point::max();
+  if (lane.kept_from != Clock::time_point::max() && !session.holds_returned()) {
+    lane.kept_from = Clock::time_point::max();
+    lane.waited = {};
+  }
   if (idle && lane.health_interval.count() > 0 && now_ - lane.progress > lane.health_interval) {
     lane.checking = true;
     session.push({.command = Command::ping, .ticket = {nullptr, kHealthTicket}});
@@ -374,11 +379,9 @@ void Worker::feed(Lane& lane) {
     auto mixes = Schedule::Mixes::any_store;
     if (session.stores() > 0) mixes = Schedule::Mixes::other_stores;
     if (now_ >= lane.kept_from) mixes = Schedule::Mixes::silent_stores;
-    const auto silent =
-        lane.stall_timeout.count() > 0 ? now_ - lane.stall_timeout : Clock::time_point::min();
-    carried_ =
-        schedule_.pull(priorities, lane.generation, window_.requests - session.requests(),
-                       window_.bytes - std::min(window_.bytes, outstanding), now_, mixes, silent);
+    carried_ = schedule_.pull(priorities, lane.generation, window_.requests - session.requests(),
+                              window_.bytes - std::min(window_.bytes, outstanding), now_, mixes,
+                              now_ - silence(lane));
     if (carried_.count == 0) {
       if (carried_.retry_at > now_) stores_held_until_ = carried_.retry_at;
       break;
@@ -415,11 +418,13 @@ void Worker::carry(Lane& lane) {
     } else if (operation.ranges && lane.session.read_whole()) {
       operation.ranges = nullptr;
     }
+    operation.returned = carried_.silent_since != Clock::time_point{};
     const bool offered = operation.ranges && !operation.helping && operation.ranges->divisible();
     if (offered && operation.ranges->snapshot() && !lane.server_asked) ask_server(lane);
     lane.session.push(operation);
-    if (carried_.silent_since != Clock::time_point{} && lane.stall_timeout.count() > 0) {
-      lane.kept_from = std::min(lane.kept_from, carried_.silent_since + lane.stall_timeout);
+    if (operation.returned) {
+      lane.kept_from = std::min(lane.kept_from, carried_.silent_since + silence(lane));
+      lane.waited = std::max(lane.waited, now_ - carried_.silent_since);
     }
     // From here on it is the session's, and until here ours: whatever throws, it is ended once.
     carried_.joined = nullptr;
@@ -541,7 +546,7 @@ int Worker::next_timeout() const {
         lane->stall_timeout.count() > 0) {
       consider(lane->progress + lane->stall_timeout);
     }
-    if (is_in_doubt(*lane)) consider(lane->progress + kDoubtPatience);
+    if (is_in_doubt(*lane)) consider(lane->progress + doubt_patience(*lane));
     if (lane->state == State::absent && lane->retry_at > now_ &&
         schedule_.has_work(lane->priorities)) {
       consider(lane->retry_at);
@@ -558,10 +563,25 @@ int Worker::next_timeout() const {
   return static_cast<int>(std::min<std::int64_t>(left, 60'000));
 }
 
+// What has waited in vain elsewhere waits here for as long again: a server that is slow answers at
+// last, and nobody stays on a dead connection.
+Clock::duration Worker::doubt_patience(const Lane& lane) noexcept {
+  const bool returned = lane.waited > kDoubtPatience && lane.session.holds_returned();
+  return returned ? lane.waited : kDoubtPatience;
+}
+
+// After which the lane's operations are silent in the sense of Schedule::pull().
+Clock::duration Worker::silence(const Lane& lane) noexcept {
+  return lane.stall_timeout.count() > 0 ? lane.stall_timeout : kSilence;
+}
+
 // Whether the connection, if it says nothing, is to be taken for dead: see kDoubtPatience.
 bool Worker::is_in_doubt(const Lane& lane) const noexcept {
-  if (lane.state != State::connected || now_ >= lane.kept_from) return false;
+  if (lane.state != State::connected) return false;
   const Session& session = lane.session;
+  if (lane.stall_timeout.count() > 0 && now_ >= lane.kept_from && session.holds_returned()) {
+    return false;
+  }
   if (!lane.checking && !session.owes_nobody()) return false;
   // Its caller would be told that nobody knows what became of it, for another's sake.
   if (session.holds_unrepeatable()) return false;
@@ -573,7 +593,7 @@ void Worker::check_stalls() {
     return lane.stall_timeout.count() > 0 && now_ - lane.progress >= lane.stall_timeout;
   };
   const auto is_dead = [this](const Lane& lane) {
-    return now_ - lane.progress >= kDoubtPatience && is_in_doubt(lane);
+    return now_ - lane.progress >= doubt_patience(lane) && is_in_doubt(lane);
   };
   for (const auto& lane : lanes_) {
     if (lane->state != State::connected || lane->session.requests() == 0) continue;

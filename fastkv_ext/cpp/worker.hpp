@@ -64,9 +64,11 @@ class Worker {
     // When a byte last moved that is part of the oldest request or of its reply, or the wait for
     // one began.
     Clock::time_point progress;
-    // From then on it is not dropped for others' sake: what it carries has waited for an answer for
-    // a stall time-out, on this and on those that were, and is to wait for one more at most.
+    // From then on what came back to it has waited for an answer for a stall time-out, on this and
+    // on those that were. It is to wait for one more at most: the connection is not dropped for
+    // others' sake.
     Clock::time_point kept_from = Clock::time_point::max();
+    Clock::duration waited{};    // ... and for so long before it came to this one
     Clock::time_point retry_at;  // absent: not to be asked for before
     Clock::time_point help_at;   // likewise, if it is only to help others
   };
@@ -90,6 +92,8 @@ class Worker {
   void abandon(Batch& batch) noexcept;
   int next_timeout() const;
   bool is_in_doubt(const Lane& lane) const noexcept;
+  static Clock::duration doubt_patience(const Lane& lane) noexcept;
+  static Clock::duration silence(const Lane& lane) noexcept;
   void check_stalls();
   void finished(Batch* batch) noexcept;
   void flush_finished() noexcept;

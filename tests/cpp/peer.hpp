@@ -5,6 +5,7 @@
 #include <sys/socket.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -109,6 +110,8 @@ class Connector {
   }
 
   void refuse() { refuse_ = true; }
+  // Takes its time for each, from now on.
+  void dawdle(std::chrono::milliseconds pause) { pause_ = pause; }
   // Says neither yes nor no from now on.
   void ignore() { ignore_ = true; }
   // The lane that a connection was made for.
@@ -132,6 +135,7 @@ class Connector {
           engine_.connect_failed(lane, UINT64_MAX, "refused", 0.05);
           continue;
         }
+        std::this_thread::sleep_for(pause_.load());
         int ends[2];
         CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
         {
@@ -156,6 +160,7 @@ class Connector {
   std::atomic<bool> stop_{false};
   std::atomic<bool> refuse_{false};
   std::atomic<bool> ignore_{false};
+  std::atomic<std::chrono::milliseconds> pause_{};
   std::atomic<int> asked_{0};
   std::mutex mutex_;
   std::vector<std::uint32_t> lanes_;  // by connection; guarded by mutex_

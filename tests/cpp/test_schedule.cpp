@@ -94,6 +94,19 @@ TEST(a_store_that_has_waited_long_goes_before_loads) {
   CHECK(!f.schedule.stores_overdue(late + 3s));
 }
 
+TEST(after_a_store_that_went_first_it_is_the_loads_turn) {
+  Fixture f;
+  const auto store = f.submit(Command::set, 3, {.retries = -1});
+  const auto get = f.submit(Command::get, 1);
+  const auto late = Clock::now() + 1s;
+  CHECK(f.pull(kValues, 1, 1 << 30, late).batch == store.get());
+  CHECK(f.schedule.requeue(*store, 0, true, false, Code::cancelled));
+  // Overdue again, before the next connection is there.
+  CHECK(f.pull(kValues, 1, 1 << 30, late + 1s).batch == get.get());
+  f.submit(Command::get, 1);
+  CHECK(f.pull(kValues, 1, 1 << 30, late + 2s).batch == store.get());
+}
+
 TEST(whoever_is_refused_a_store_is_told_when_to_ask_again) {
   Fixture f;
   const auto store = f.submit(Command::set, 2);
