@@ -94,7 +94,8 @@ class Cluster(Protocol):
         failed: set[str],
     ) -> tuple[list[Part], list[int]]:
         """Parts with all of ``indices``, and those whose slots nobody serves. Of nodes
-        that have the same keys, those that have ``failed`` come last.
+        that have the same keys, those that have ``failed`` come last; if all have, they
+        are taken out of it.
         """
 
     def _tile_calls(self) -> Stats:

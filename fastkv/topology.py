@@ -155,11 +155,14 @@ class Routing:
             yield 0, indices
             return
         balancer = self.nodes_manager.read_load_balancer
-        others = [i for i, node in enumerate(nodes) if node.name not in failed]
+        names = [node.name for node in nodes]
+        if failed.issuperset(names):  # one of them may have come back
+            failed.difference_update(names)
+        others = [i for i, name in enumerate(names) if name not in failed]
         size = math.ceil(len(indices) / len(nodes))
         for at in range(0, len(indices), size):
-            place = balancer.get_server_index(nodes[0].name, len(nodes), strategy)
-            if others and nodes[place].name in failed:
+            place = balancer.get_server_index(names[0], len(nodes), strategy)
+            if names[place] in failed:
                 place = others[-1]  # the primary, the first, is the last resort
             yield place, indices[at : at + size]
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
+from redis.cluster import LoadBalancingStrategy
 from redis.exceptions import (
     ClusterDownError,
     ClusterError,
@@ -405,3 +406,37 @@ def test_a_cluster_that_is_gone_is_a_failed_call() -> None:
         calls = client.tile_info()["commands"]["exists"]
     assert calls["batches"]["failed"] == 2
     assert calls["keys"]["unanswered"] == 2
+
+
+class Primary(ScriptedNode):
+    """It has a replica."""
+
+    replica = 0  # its port
+
+    def answer(self, connection: socket.socket, command: list[bytes]) -> bool:
+        if command[0] == b"READONLY":
+            connection.sendall(b"+OK\r\n")
+        elif command[0] == b"CLUSTER":
+            node = b"*3\r\n$9\r\n127.0.0.1\r\n:%d\r\n$1\r\n%c\r\n"
+            nodes = node % (self.port, b"x") + node % (self.replica, b"y")
+            connection.sendall(b"*1\r\n*4\r\n:0\r\n:16383\r\n" + nodes)
+        else:
+            return super().answer(connection, command)
+        return True
+
+
+def test_a_primary_that_was_lost_once_is_asked_again_if_its_replica_is_gone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone, Primary() as primary:
+        primary.replica = gone.getsockname()[1]
+        gone.close()
+        with fastkv.RedisCluster(
+            *("127.0.0.1", primary.port),
+            protocol=2,
+            tile_connections=1,
+            load_balancing_strategy=LoadBalancingStrategy.ROUND_ROBIN_REPLICAS,
+            retry=Retry(NoBackoff(), 3),
+        ) as client:
+            # The replica, the primary, once more each.
+            primary.expect("EXISTS", "a").close()
+            primary.expect("EXISTS", "a").reply(b":1\r\n")
+            assert client.batch_tile_exists(["a"]) == [True]
