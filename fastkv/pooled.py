@@ -42,8 +42,8 @@ class Pooled:
         call of another thread's, for a new pool, has ended it, or a signal handler has
         forked and this is the child.
         """
-        if batch.in_flight or batch.drained:
-            return False
+        if batch.in_flight or batch.drained or batch.ended:
+            return False  # it was accepted
         return node.pool() is not self.connection_pool or node.pid != os.getpid()
 
     def _leave_replaced(self) -> None:

@@ -195,6 +195,7 @@ cdef class Batch:
         waiter: The caller's own; what to notify when the batch is drained.
         in_flight: Accepted, and not drained yet.
         drained: No worker can touch the memory any more, and the pins are released.
+        ended: It must not be submitted any more: its pins are released, or will be.
         whole: Of a part: the batch whose memory it uses, and whose pins hold it.
     """
 
@@ -211,7 +212,7 @@ cdef class Batch:
     cdef CompletionQueue queue  # while in flight
     cdef readonly bint in_flight
     cdef Py_ssize_t parts_in_flight
-    cdef bint ended
+    cdef readonly bint ended
 
     def __cinit__(self):
         self.in_flight = False
@@ -1042,6 +1043,7 @@ cdef class Engine:
         self.in_flight.clear()
         for batch in batches:
             batch.in_flight = False
+            batch.ended = True
             if batch.queue is not None:
                 batch.queue.close_after_fork()
                 batch.queue = None

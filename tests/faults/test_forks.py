@@ -33,6 +33,7 @@ from fastkv.rounds import ClusterFuture
 from tests.conftest import eventually, fastkv_threads, open_fds
 from tests.faults.conftest import LONG
 from tests.faults.held import HeldServer
+from tests.faults.test_callers import resizable
 from tests.faults.test_processes import Child
 from tests.faults.test_rounds import ONE, Moving
 from tests.scripted import ModelServer
@@ -384,6 +385,40 @@ def test_a_signal_handler_forks_at_any_line_of_a_call(
                 assert code == 0, at
         client.close()
     assert at > 50
+
+
+def test_what_was_accepted_before_a_fork_is_not_sent_again_in_the_child(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A signal handler forks right after that, and raises there: nothing is pinned."""
+    parent = os.getpid()
+    before = Node.start
+
+    def start(*args: Any) -> int:
+        code = before(*args)
+        assert server.reached.wait(30)
+        if os.fork() == 0:
+            signal.alarm(20)  # ends a child that hangs
+            raise ConnectionError("the handler's")
+        return code
+
+    with HeldServer(1, "asked") as server:
+        client = fastkv.Redis(port=server.port, tile_connections=1)
+        server.data[b"v"] = b"x"
+        memory = bytearray(1)
+        monkeypatch.setattr(Node, "start", start)
+        status = 1
+        try:
+            future = client.submit_batch_tile_get(["v"], [memory])
+        except ConnectionError as error:
+            status = 0 if str(error) == "the handler's" and resizable(memory) else 2
+        finally:
+            if os.getpid() != parent:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+        server.go_on.set()
+        assert future.result(30) == [True]
+        client.close()
 
 
 def test_a_connection_that_begins_during_a_fork_is_not_inherited(
