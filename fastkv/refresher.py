@@ -63,6 +63,31 @@ class Refresh:
         return whole
 
 
+class _Sleepers:
+    """Threads that wait for a future. What a future has for that may be locked for ever
+    in a child; here, each has a lock of the C level that nobody else takes.
+    """
+
+    def __init__(self) -> None:
+        self._locks: deque[_thread.LockType] = deque()
+        self._over = False
+
+    def enter(self) -> _thread.LockType:
+        """A lock that can be acquired once it is over."""
+        lock = _thread.allocate_lock()
+        lock.acquire()
+        self._locks.append(lock)
+        if self._over:
+            self.wake()
+        return lock
+
+    def wake(self, *_: object) -> None:
+        self._over = True
+        while self._locks:
+            with contextlib.suppress(IndexError):  # another thread was first
+                self._locks.pop().release()
+
+
 class Shared(Future[_Result]):
     """A future that many may wait for: none of them can cancel it, and no signal
     handler leaves it locked.
@@ -72,6 +97,8 @@ class Shared(Future[_Result]):
         super().__init__()
         self._condition: Condition = Condition()
         self._pid = os.getpid()
+        self._sleepers = _Sleepers()
+        self.add_done_callback(self._sleepers.wake)
         self.set_running_or_notify_cancel()
 
     def wait(self, timeout: float | None = None) -> _Result:
@@ -82,19 +109,22 @@ class Shared(Future[_Result]):
                 and not done by then.
         """
         end = math.inf if timeout is None else time.monotonic() + timeout
-        # Of the C level: what a future has to wait on may be locked for ever in a
-        # child.
-        over = _thread.allocate_lock()
-        over.acquire()
-        self.add_done_callback(lambda _: over.release())
+        over = self._sleepers.enter()
         while True:
             left = max(0.0, min(_PATIENCE, end - time.monotonic()))
             if over.acquire(timeout=left):
-                return self.result()
+                break
             if self._pid != os.getpid():
                 raise ConnectionError("The call began before a fork, in the parent.")
             if time.monotonic() >= end:
                 raise FutureTimeoutError
+        try:
+            # Not `result`, which takes the lock.
+            if self._exception is not None:
+                raise self._exception
+            return self._result  # type: ignore[return-value]  # it is done
+        finally:
+            del self  # the traceback of the error holds this frame
 
 
 class _Waiter:

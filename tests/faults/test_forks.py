@@ -259,6 +259,35 @@ def test_a_signal_handler_forks_while_a_look_at_a_cluster_is_asked_for(
         assert forks_while(look, reached, go_on) == ([False], "[False]")
 
 
+def test_a_signal_handler_forks_while_it_is_said_that_a_look_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Right before the call waits for that; nobody lets the lock go in the child."""
+    waiting, reached, go_on = (threading.Event() for _ in "abc")
+    before = refresher.Shared.wait
+
+    class Slow(refresher.Condition):
+        def notify_all(self) -> None:
+            assert waiting.wait(30)
+            reached.set()
+            assert go_on.wait(30)
+            super().notify_all()
+
+    def wait(*args: Any) -> Any:
+        waiting.set()
+        assert eventually(lambda: go_on.is_set() or os.getpid() != parent)
+        return before(*args)
+
+    def look() -> object:
+        return Refresher().run(Refresh(), lambda _: None)
+
+    parent = os.getpid()
+    monkeypatch.setattr(refresher, "Condition", Slow)
+    monkeypatch.setattr(refresher.Shared, "wait", wait)
+    lost = "The call began before a fork, in the parent."
+    assert forks_while(look, reached, go_on) == (None, lost)
+
+
 @pytest.mark.parametrize("where", ["start", "close"])
 def test_a_signal_handler_forks_while_threads_are_started_or_joined(
     where: str, monkeypatch: pytest.MonkeyPatch
