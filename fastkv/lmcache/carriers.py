@@ -26,6 +26,7 @@ from fastkv.errors import for_callers
 from fastkv.info import TileInfo, cluster_info
 from fastkv.node import Node, TileFuture
 from fastkv.refresher import Refresh, Shared
+from fastkv.shielded import shielded
 
 Attempt: TypeAlias = "Shared[RedisCluster]"
 
@@ -115,6 +116,7 @@ class Cluster:
         self._make: Callable[[], RedisCluster] = lambda: RedisCluster.from_url(
             url, **arguments
         )
+        # Never taken by the main thread: its signal handlers may use this, too.
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
@@ -137,6 +139,13 @@ class Cluster:
                     self._attempt, self._under_way = None, False
 
     def _connected(self) -> Attempt:
+        attempt = self._attempt
+        usual = not self._closed and self._error is None
+        if attempt is not None and usual and self._pid == os.getpid():
+            return attempt
+        return shielded(self._begun)
+
+    def _begun(self) -> Attempt:
         self._check_fork()
         with self._lock:
             if self._closed:
@@ -180,6 +189,10 @@ class Cluster:
     def client(self) -> RedisCluster:
         return self._connected().wait()
 
+    def _check_closed(self, client: RedisCluster) -> None:
+        if self._closed:  # in between; the client may have opened again
+            client.close()
+
     def tile_info(self) -> TileInfo:
         attempt = self._attempt
         if attempt is None or not attempt.done() or attempt.exception() is not None:
@@ -194,7 +207,10 @@ class Cluster:
             client = self._connected().wait(timeout)
         except FutureTimeoutError:
             raise _not_in_time(timeout) from None
-        return rounds.run(client, batch, _rest(timeout, began))
+        try:
+            return rounds.run(client, batch, _rest(timeout, began))
+        finally:
+            self._check_closed(client)
 
     async def wait(self, batch: Batch, timeout: float | None) -> list[bool]:
         began = time.monotonic()
@@ -207,7 +223,10 @@ class Cluster:
             )
         except asyncio.TimeoutError:
             raise _not_in_time(timeout) from None
-        return await rounds.wait(_OnLoop(client), batch, _rest(timeout, began))
+        try:
+            return await rounds.wait(_OnLoop(client), batch, _rest(timeout, began))
+        finally:
+            self._check_closed(client)
 
     def submit_to(
         self, queue: CompletionQueue, batch: Batch, timeout: float | None
@@ -217,9 +236,10 @@ class Cluster:
         def submit(attempt: Future[RedisCluster]) -> None:
             try:
                 client = attempt.result()
-                future = client._tile_submit(batch, _rest(timeout, began))
-                if self._closed:  # in between; the client has opened again
-                    client.close()
+                try:
+                    future = client._tile_submit(batch, _rest(timeout, began))
+                finally:
+                    self._check_closed(client)
             except Exception as error:
                 future = TileFuture(list, lambda: None)
                 future.set_exception(error)
@@ -244,19 +264,22 @@ class Cluster:
             return done
 
     def close(self) -> None:
-        self._check_fork()
-        with self._lock:
-            already, self._closed = self._closed, True
-            attempt, under_way = self._attempt, self._under_way
-        if already or attempt is None:
-            return
-        if under_way:
-            attempt.set_exception(_closed())
+        attempt = shielded(self._end)
+        if attempt is None or attempt.exception() is not None:
             return
         attempt.result().close()
         # No worker is left; a future may still be on its way to hear of it.
         for future in list(self._in_flight):
             future.cancel()
+
+    def _end(self) -> Attempt | None:
+        self._check_fork()
+        with self._lock:
+            already, self._closed = self._closed, True
+            attempt, under_way = self._attempt, self._under_way
+        if attempt is not None and under_way and not already:
+            attempt.set_exception(_closed())
+        return attempt
 
 
 class _OnLoop:

@@ -123,7 +123,8 @@ class ChunkStore:
         self._suspect = False
         self._counts: Counter[str] = Counter()
         # By process: one that a thread of the parent's had, nobody lets go in a child.
-        self._locks: dict[int, threading.Lock] = {}
+        # Reentrant: a signal handler may use the store in the middle of anything.
+        self._locks: dict[int, threading.RLock] = {}
         self._log = Limited(logger)
         try:
             # redis-py would find out about a wrong argument at the first connect.
@@ -325,8 +326,8 @@ class ChunkStore:
                 counted = len(errors) if request.counted else 0
                 self.complain(kind, counted, outcome.error)
 
-    def _lock(self) -> threading.Lock:
-        return self._locks.setdefault(os.getpid(), threading.Lock())
+    def _lock(self) -> threading.RLock:
+        return self._locks.setdefault(os.getpid(), threading.RLock())
 
     def _count(self, kind: str, chunks: int) -> None:
         if chunks:

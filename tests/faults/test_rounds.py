@@ -27,17 +27,19 @@ import fastkv
 import fastkv.asyncio
 from fastkv import commands, refresher, rounds, topology
 from fastkv import node as nodes
-from fastkv._core import Code, key_slot
+from fastkv._core import Code, CompletionQueue, key_slot
+from fastkv.lmcache import NativeClient
 from fastkv.lmcache.carriers import Cluster as Carrier
 from fastkv.refresher import Refresh, Refresher
-from tests.conftest import eventually
+from tests.conftest import eventually, fastkv_threads
 from tests.faults.conftest import LONG
 from tests.faults.held import PLAIN_BYTES, HeldServer
 from tests.faults.test_callers import Interrupted, resizable
 from tests.integration.test_cluster_scripted import SLOT, ScriptedNode
 
 DOWN = b"-CLUSTERDOWN Hash slot not served\r\n"
-ONE = {"tile_workers": 1, "tile_connections": 1, "protocol": 2}
+SMALL = {"tile_workers": 1, "tile_connections": 1}
+ONE = {**SMALL, "protocol": 2}
 # One in each half of the slots.
 LOW, HIGH = (
     next(key for key in map(str, range(99)) if (key_slot(key.encode()) > 8191) is high)
@@ -326,6 +328,83 @@ def test_a_hook_that_ends_the_first_connect_of_lmcaches_leaves_nobody_waiting(
     with pytest.raises(RedisError, match=r"A hook .* SystemExit"):
         carrier.run(batch, 10.0)
     carrier.close()
+
+
+# --- a store of LMCache's that is closed ----------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["run", "submit", "await"])
+def test_a_store_that_is_closed_while_a_request_begins_leaves_nothing_open(
+    how: str, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = topology.node_of
+
+    def node_of(*args: Any) -> nodes.Node:
+        made = real(*args)
+        thread = threading.Thread(target=carrier.close)
+        thread.start()
+        thread.join()
+        return made
+
+    carrier = Carrier(f"redis://127.0.0.1:{node.port}", ONE)
+    batch = commands.exists(carrier.client().encoder, ["a"])
+    monkeypatch.setattr(topology, "node_of", node_of)
+    with pytest.raises(ConnectionError, match="was closed"):
+        if how == "run":
+            carrier.run(batch, 10.0)
+        elif how == "await":
+            asyncio.run(carrier.wait(batch, 10.0))
+        else:
+            queue = CompletionQueue()
+            carrier.submit_to(queue, batch, 10.0)
+            assert carrier.drain(queue) == [batch]
+            nodes.Node.result(batch)
+    assert eventually(lambda: not fastkv_threads())
+
+
+@pytest.mark.parametrize("use", ["close", "submit"])
+def test_a_handler_uses_a_store_at_any_line_of_a_request(use: str) -> None:
+    """No lock of this thread's keeps it, and all that was submitted completes."""
+    home = os.path.dirname(fastkv.__file__)
+    ids: list[int] = []
+    left = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(home):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                if use == "close":
+                    store.close()
+                else:
+                    ids.append(store.submit_batch_exists(["b"]))
+        return trace
+
+    at = 0
+    with Moving(1) as server:
+        url = f"redis://127.0.0.1:{server.port}"
+        while left <= 0:
+            at += 1 if LONG or at < 40 else 7
+            left = at
+            ids.clear()
+            store = NativeClient(url, cluster=True, protocol=2, **SMALL)
+            sys.settrace(trace)
+            ids.append(store.submit_batch_exists(["a"]))
+            sys.settrace(None)
+            done: list[int] = []
+
+            def all_done(store: NativeClient = store, done: list[int] = done) -> bool:
+                done += [completion[0] for completion in store.drain_completions()]
+                return len(done) == len(ids)
+
+            assert eventually(all_done), at
+            assert sorted(done) == sorted(ids)
+            store.close()
+            assert eventually(lambda: not fastkv_threads()), at
+    assert at > 40
 
 
 # --- callbacks -----------------------------------------------------------------------

@@ -480,6 +480,30 @@ def test_a_fork_while_another_thread_counts_leaves_the_counts_readable(
     assert lm.client.counts() == {"not_found": 1}
 
 
+def test_a_signal_handler_may_want_the_counts_while_its_thread_counts(
+    server: PrivateServer, demux: Any
+) -> None:
+    class Interrupted(Counter[str]):
+        def __setitem__(self, kind: str, chunks: int) -> None:
+            if not seen:
+                signal.raise_signal(signal.SIGUSR1)
+            super().__setitem__(kind, chunks)
+
+    def handler(*_: object) -> None:
+        seen.append(lm.client.counts())
+
+    seen: list[dict[str, int]] = []
+    lm = demux(f"redis://127.0.0.1:{server.port}")
+    lm.client._store._counts = Interrupted()
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        assert lm.exists(["a"]) == [False]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [{}]
+    assert lm.client.counts() == {"not_found": 1}
+
+
 # --- memory --------------------------------------------------------------------------
 
 

@@ -81,7 +81,7 @@ PYTHON = {
     "metrics": {"info"},
     "lmcache": {
         *("_core", "client", "cluster", "commands", "connector", "errors", "info"),
-        *("log", "metrics", "node", "refresher", "rounds"),
+        *("log", "metrics", "node", "refresher", "rounds", "shielded"),
     },
     # The command line stands on top and uses the package as its users do, too.
     "cli": {"", "_version", "_core", "options"},
