@@ -489,12 +489,16 @@ async def settled(
         for node, batch in parts:
             node.cancel(batch)
         raise
-    except BaseException:
-        await _taken_back(parts)
+    except BaseException as error:
+        cancelled = await _taken_back(parts)
+        if cancelled and isinstance(error, Exception):
+            raise asyncio.CancelledError from error  # nothing else tells the task
         raise
 
 
-async def _taken_back(parts: Sequence[tuple[Node, Batch]]) -> None:
+async def _taken_back(parts: Sequence[tuple[Node, Batch]]) -> bool:
+    """Returns whether the task was cancelled meanwhile."""
+    cancelled = False
     while True:
         try:
             for node, batch in parts:
@@ -504,9 +508,11 @@ async def _taken_back(parts: Sequence[tuple[Node, Batch]]) -> None:
                     # The task may have cancelled the one before.
                     batch.waiter = asyncio.get_running_loop().create_future()
                     await batch.waiter
-            return
+            return cancelled
         except GeneratorExit:
             raise
+        except asyncio.CancelledError:
+            cancelled = True
         except BaseException:
             pass  # a second one changes nothing: one is raised in any case
 

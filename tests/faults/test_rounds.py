@@ -152,6 +152,37 @@ def test_if_a_part_cannot_be_sent_the_others_let_go_first(
             assert client.batch_tile_exists([LOW, HIGH]) == [True, True]
 
 
+def test_a_task_that_is_cancelled_while_a_failed_call_lets_go_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memories = [bytearray(PLAIN_BYTES), bytearray(PLAIN_BYTES)]
+    real = nodes.Node.start
+
+    async def main() -> None:
+        async with fastkv.asyncio.RedisCluster("127.0.0.1", low.port, **ONE) as client:
+            task = asyncio.ensure_future(client.batch_tile_get([LOW, HIGH], memories))
+            loop = asyncio.get_running_loop()
+
+            def start(*args: Any) -> int:
+                if not started:
+                    started.append(True)
+                    return real(*args)
+                assert low.reached.wait(30)
+                loop.call_soon(task.cancel)
+                raise OSError(errno.EMFILE, "Too many open files")
+
+            monkeypatch.setattr(nodes.Node, "start", start)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert all(resizable(memory) for memory in memories)
+
+    started: list[bool] = []
+    with Half(1, "half received") as low, Half(2) as high:
+        Half.ports = low.port, high.port
+        low.data[LOW.encode()] = os.urandom(PLAIN_BYTES)
+        asyncio.run(asyncio.wait_for(main(), 60))
+
+
 @pytest.mark.parametrize("raised", [RuntimeError, SystemExit])
 def test_a_future_fails_if_a_later_round_cannot_begin(
     raised: type[BaseException],
