@@ -419,6 +419,8 @@ class Connector:
             try:
                 if failure is not None:
                     later = self._engine.newest_batch()
+                    # Who waits for another lane must be told, too.
+                    self._take_requests(time.monotonic())
                     self._give_up(self._newest, failure)
                     failure = None  # it keeps the pool alive
                 self._turn(poll)
@@ -441,13 +443,7 @@ class Connector:
         self._newest = self._engine.newest_batch()
         # Clears the event, so it comes before the look at _closing.
         now = time.monotonic()
-        while True:
-            self._attempts.append(_Attempt(now))  # first, because it takes memory
-            lane = self._engine.take_connect_request()
-            if lane is None:
-                break
-            self._attempts[-1].lane = lane
-        self._attempts.pop()
+        self._take_requests(now)
         for notice, text in self._engine.take_notices():
             level, kind = _NOTICES[notice]
             self._log.say(level, kind, f"{self._address}: {text}")
@@ -467,6 +463,15 @@ class Connector:
                     return
         finally:
             del pool  # the traceback of `error` holds this frame
+
+    def _take_requests(self, now: float) -> None:
+        while True:
+            self._attempts.append(_Attempt(now))  # first, because it takes memory
+            lane = self._engine.take_connect_request()
+            if lane is None:
+                break
+            self._attempts[-1].lane = lane
+        self._attempts.pop()
 
     def _try(self, pool: Pool, attempt: _Attempt, retry: AbstractRetry[Any]) -> None:
         """Make one attempt."""

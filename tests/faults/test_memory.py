@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import os
 import random
 import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +66,44 @@ def test_each_allocation_may_fail(kind: str) -> None:
         )
     assert done.returncode == 0, f"step {step} from {at}\n{done.stderr[-5000:]}"
     assert int(done.stdout) > (300 if LONG else 20)
+
+
+class NoMemory:
+    """An engine that has none for what it is told of connections that carry values."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.refused = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def adopt(self, lane: int, fd: int, *rest: Any) -> None:
+        if lane > 0:
+            os.close(fd)
+            raise MemoryError
+        self._engine.adopt(lane, fd, *rest)
+
+    def connect_failed(self, lane: int, *rest: Any) -> None:
+        if lane > 0:
+            self.refused.set()
+            raise MemoryError
+        self._engine.connect_failed(lane, *rest)
+
+
+def test_no_memory_for_one_connection_is_no_matter_of_who_waits_for_another() -> None:
+    with Server() as server, fastkv.Redis(port=server.port) as client:
+        connector = client._node()._connector
+        engine = connector._engine
+        connector._engine = short = NoMemory(engine)
+        stuck = client.submit_batch_tile_get(["plain"], [bytearray(10_000)])
+        assert short.refused.wait(30)
+        with pytest.raises(MemoryError):
+            client.batch_tile_exists(["plain"], timeout=30)
+        connector._engine = engine
+        with pytest.raises(MemoryError):
+            stuck.result(30)
+        assert client.batch_tile_exists(["plain"], timeout=30) == [True]
 
 
 def short_of_descriptors(room: int) -> Callable[[], None]:
