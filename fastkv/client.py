@@ -79,6 +79,7 @@ class Redis(Tiles, Pooled, redis.Redis):
         return client
 
     def client(self) -> Self:
+        """As redis-py's: one of the same pool, which keeps a connection to itself."""
         client: object = super().client()  # type: ignore[no-untyped-call]  # redis-py's
         assert isinstance(client, type(self))
         client._tile_options = self._tile_options
@@ -118,9 +119,8 @@ class Redis(Tiles, Pooled, redis.Redis):
 
     def close(self) -> None:
         """As redis-py's. Ends the native connections if no other client of the pool
-        uses
-        them: what they still had to do fails with `redis.exceptions.ConnectionError`.
-        The client can be used again.
+        uses them: what they still had to do fails with
+        `redis.exceptions.ConnectionError`. The client can be used again.
         """
         # redis-py calls this for a half-made client too.
         if hasattr(self, "connection_pool"):

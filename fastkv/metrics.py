@@ -1,6 +1,6 @@
 """`tile_info` for Prometheus: ``REGISTRY.register(TileCollector(cache=client))``.
 
-Needs the package prometheus_client, which ``pip install 'fastkv[metrics]'`` brings.
+Needs the package prometheus_client, which the extra ``metrics`` brings.
 """
 
 from __future__ import annotations

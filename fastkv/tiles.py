@@ -66,7 +66,8 @@ class Tiles:
             buffers: ``n`` writable C-contiguous buffers (bytearray, memoryview, numpy
                 array, CPU torch tensor of any element type), or one array of shape
                 ``(n, ...)``. A tuple of buffers is filled in order. Each value must
-                have exactly its buffer's length in bytes. No two may overlap.
+                have exactly its buffer's length in bytes. No two may overlap, which is
+                not checked.
             immutable: The caller promises that no value changes while it is read, as
                 with content-hash keys. Without it, what was read in ranges is checked
                 to be of one version, and read again if it was not.
@@ -84,7 +85,11 @@ class Tiles:
                 any more.
             redis.exceptions.ConnectionError: The server could not be reached, or was
                 lost more often than the client's ``retry`` allows.
-            TypeError, ValueError: A buffer cannot be used; nothing was sent.
+            redis.exceptions.InvalidResponse: The server sent what is no answer.
+            redis.exceptions.DataError: redis-py refuses a key; nothing was sent.
+            TypeError, ValueError: An argument cannot be used; nothing was sent.
+            fastkv.UnsupportedConnection: The client's connections cannot carry batches;
+                nothing was sent.
         """
         batch = commands.get(self._tile_encoder(), keys, buffers, immutable)
         return self._run(batch, timeout)
@@ -124,7 +129,8 @@ class Tiles:
             One bool a key: ``False`` if ``nx`` or ``xx`` forbade it.
 
         Raises:
-            As `batch_tile_get`. With ``nx`` or ``xx``, a value that was sent and not
+            As `batch_tile_get`; `redis.exceptions.DataError` also if redis-py refuses
+            the options. With ``nx`` or ``xx``, a value that was sent and not
             answered is not sent again: the error says that its outcome is unknown.
         """
         batch = commands.set(

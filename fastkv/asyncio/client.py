@@ -61,6 +61,7 @@ class Redis(Tiles, Pooled, redis.asyncio.Redis):  # type: ignore[misc]  # redis-
         return client
 
     def client(self) -> Self:
+        """As redis-py's: one of the same pool, which keeps a connection to itself."""
         client = super().client()
         assert isinstance(client, type(self))
         client._tile_options = self._tile_options

@@ -47,7 +47,10 @@ def demo(
     ] = None,
     tokens: Annotated[
         int,
-        typer.Option(min=256, help="Of the prompt; takes 3 x 128 KiB of memory each."),
+        typer.Option(
+            min=256,
+            help="Of the prompt, in steps of 256; takes 3 x 128 KiB of memory each.",
+        ),
     ] = 2048,
     rounds: Annotated[int, typer.Option(min=1, help="Times the prompt is moved.")] = 5,
 ) -> None:
