@@ -296,9 +296,8 @@ def _close_in_child(sock: socket.socket | TlsSocket) -> None:
 class _Attempt:
     """A connection that the engine asked for."""
 
-    def __init__(self, due: float) -> None:
+    def __init__(self) -> None:
         self.lane = -1
-        self.due = due  # time.monotonic()
         self.failures = 0
 
 
@@ -325,7 +324,10 @@ class Connector:
         self._log = Limited(connections)
         self._failing = False  # the last attempt to connect has failed
         self._closing = False
-        self._attempts: list[_Attempt] = []  # the connector's thread only
+        # The connector's thread only. After a failure the first is tried again, and
+        # stands for all: at a server that says nothing each would take its time-out.
+        self._attempts: list[_Attempt] = []
+        self._due = 0.0  # time.monotonic(); nothing is tried before
         self._connecting: Any = None  # the Connection at work, for close()
         self._newest = 0  # batch that may be told of a failure of this turn
         # Held when a Connection begins, while its socket is handed over, and across
@@ -420,7 +422,7 @@ class Connector:
                 if failure is not None:
                     later = self._engine.newest_batch()
                     # Who waits for another lane must be told, too.
-                    self._take_requests(time.monotonic())
+                    self._take_requests()
                     self._give_up(self._newest, failure)
                     failure = None  # it keeps the pool alive
                 self._turn(poll)
@@ -435,20 +437,20 @@ class Connector:
                 self._engine.wake_connector()  # what it stood for is still to be done
 
     def _turn(self, poll: select.poll) -> None:
-        now = time.monotonic()
-        next_due = min((attempt.due for attempt in self._attempts), default=None)
-        if next_due is None or next_due > now:
-            poll.poll(None if next_due is None else (next_due - now) * 1000 + 1)
+        wait = self._due - time.monotonic()
+        if not self._attempts:
+            poll.poll()
+        elif wait > 0:
+            poll.poll(wait * 1000 + 1)
         # Who comes later is served by a turn of their own.
         self._newest = self._engine.newest_batch()
         # Clears the event, so it comes before the look at _closing.
-        now = time.monotonic()
-        self._take_requests(now)
+        self._take_requests()
         for notice, text in self._engine.take_notices():
             level, kind = _NOTICES[notice]
             self._log.say(level, kind, f"{self._address}: {text}")
         self._check_used()  # may close us
-        if self._closing or not self._attempts:
+        if self._closing or not self._attempts or self._due > time.monotonic():
             return
         pool = self._pool()
         if pool is None:
@@ -457,26 +459,23 @@ class Connector:
             raise ConnectionError("The connection pool is gone.")
         try:
             retry = retry_of(pool)
-            for attempt in [a for a in self._attempts if a.due <= now]:
-                self._try(pool, attempt, retry)
-                if self._closing:
+            while self._attempts and not self._closing:
+                if not self._try(pool, self._attempts[0], retry):
                     return
         finally:
             del pool  # the traceback of `error` holds this frame
 
-    def _take_requests(self, now: float) -> None:
+    def _take_requests(self) -> None:
         while True:
-            self._attempts.append(_Attempt(now))  # first, because it takes memory
+            self._attempts.append(_Attempt())  # first, because it takes memory
             lane = self._engine.take_connect_request()
             if lane is None:
                 break
             self._attempts[-1].lane = lane
         self._attempts.pop()
 
-    def _try(self, pool: Pool, attempt: _Attempt, retry: AbstractRetry[Any]) -> None:
-        """Make one attempt."""
-        if attempt not in self._attempts:
-            return  # given up together with another
+    def _try(self, pool: Pool, attempt: _Attempt, retry: AbstractRetry[Any]) -> bool:
+        """Make one attempt. Say whether there is a connection."""
         newest = self._engine.newest_batch()
         connection = None
         try:
@@ -501,7 +500,7 @@ class Connector:
             if connection is not None:
                 connection.disconnect()
             if self._closing:
-                return
+                return False
             self._failing = True
             self._log.say(
                 logging.WARNING,
@@ -514,10 +513,10 @@ class Connector:
             if isinstance(error, retry._supported_errors) and (
                 retries < 0 or attempt.failures <= retries
             ):
-                attempt.due = time.monotonic() + delay
-                return
+                self._due = time.monotonic() + delay
+                return False
             self._give_up(newest, error, delay)
-            return
+            return False
         finally:
             self._connecting = None
             del pool  # the traceback of `error` holds this frame
@@ -525,10 +524,12 @@ class Connector:
         if self._failing:
             self._failing = False
             self._log.say(logging.INFO, "connected again", self._address)
+        return True
 
     def _give_up(self, newest: int, error: BaseException, delay: float = 0.0) -> None:
         """The others would fail likewise: nobody should wait for each of them."""
         self.error = for_callers(error)
+        self._due = 0.0
         failure: BaseException | None = None
         for attempt in list(self._attempts):
             try:

@@ -156,6 +156,38 @@ def test_a_server_that_accepts_and_says_nothing_times_out(
     assert time.monotonic() - begin < 3
 
 
+@pytest.mark.parametrize("connections", [1, 16])
+def test_a_server_that_says_nothing_is_asked_as_often_as_retry_says(
+    own_server: PrivateServer, make: Any, connections: int
+) -> None:
+    """However many connections wait for it."""
+    asked = []
+
+    class Counted(redis.Connection):
+        def connect(self) -> None:
+            asked.append(self)
+            super().connect()
+
+    pool = redis.ConnectionPool(
+        connection_class=Counted,
+        port=own_server.port,
+        socket_timeout=0.5,
+        retry=Retry(NoBackoff(), 3),
+    )
+    client = make(connection_pool=pool, tile_connections=connections)
+    client.batch_tile_set(KEYS, VALUES)
+    got = [bytearray(200_000) for _ in KEYS]
+    assert all(client.batch_tile_get(KEYS, got))
+    asked.clear()
+    os.kill(own_server.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(TimeoutError):
+            client.batch_tile_get(KEYS, got)
+        assert len(asked) <= 4 + 1  # the next may have begun
+    finally:
+        os.kill(own_server.pid, signal.SIGCONT)
+
+
 def test_a_batch_has_its_time_out_while_connecting(make: Any, mute_port: int) -> None:
     client = make(port=mute_port)
     begin = time.monotonic()
