@@ -1,5 +1,6 @@
 """fastkv: the Redis client for LLM KV caches. `redis.Redis` becomes `fastkv.Redis`."""
 
+from fastkv import asyncio
 from fastkv._version import __version__
 from fastkv.client import Redis
 from fastkv.cluster import RedisCluster
@@ -14,4 +15,8 @@ __all__ = [
     "UnsupportedConnection",
     "ValueSizeError",
     "__version__",
+    "asyncio",
+    "from_url",
 ]
+
+from_url = Redis.from_url

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from redis._parsers.base import BaseParser
 from redis.exceptions import (
+    AskError,
     ConnectionError,
     InvalidResponse,
     RedisError,
@@ -72,9 +73,12 @@ def tile_error(
 ) -> TileError:
     """For a batch with some ``errors``, by index of their keys."""
     index, first = next(iter(errors.items()))
+    said = str(first)
+    if isinstance(first, AskError):  # a slot and a node; MovedError is one, too
+        said = f"{type(first).__name__} {said} (for a cluster: fastkv.RedisCluster)"
     return TileError(
         f"{len(errors)} of {len(keys)} keys failed; the first is {keys[index]!r}: "
-        f"{first}",
+        f"{said}",
         [errors.get(i, hit) for i, hit in enumerate(hits)],
         errors,
     )

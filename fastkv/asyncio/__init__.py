@@ -4,4 +4,6 @@ from fastkv.asyncio.client import Redis
 from fastkv.asyncio.cluster import RedisCluster
 from fastkv.asyncio.sentinel import Sentinel
 
-__all__ = ["Redis", "RedisCluster", "Sentinel"]
+__all__ = ["Redis", "RedisCluster", "Sentinel", "from_url"]
+
+from_url = Redis.from_url

@@ -118,6 +118,15 @@ def test_values_of_all_sizes(
     assert rows == b"".join(stored)
 
 
+def test_a_client_of_one_node_is_told_what_to_use(
+    client: fastkv.RedisCluster,
+) -> None:
+    node = client.get_default_node()
+    with fastkv.Redis(node.host, node.port) as one:
+        with pytest.raises(fastkv.TileError, match=r"MovedError \d+ .*RedisCluster"):
+            one.batch_tile_exists(KEYS)
+
+
 def test_nx_and_parts_of_values(client: fastkv.RedisCluster) -> None:
     assert all(client.batch_tile_set(KEYS[::3], values(5, 100)))
     halves = [(b"ab", b"cde")] * 300

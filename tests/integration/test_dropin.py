@@ -57,7 +57,9 @@ def test_nothing_native_starts_before_the_first_batch_call(
     assert fastkv_threads() != []
 
 
-@pytest.mark.parametrize("how", ["arguments", "url", "connection_pool", "from_pool"])
+@pytest.mark.parametrize(
+    "how", ["arguments", "url", "module", "connection_pool", "from_pool"]
+)
 def test_every_way_to_make_a_client_works(
     make: Any, endpoint: Endpoint, how: str
 ) -> None:
@@ -65,6 +67,8 @@ def test_every_way_to_make_a_client_works(
         client = make(**endpoint.kwargs)
     elif how == "url":
         client = fastkv.Redis.from_url(endpoint.url + "?tile_workers=2")
+    elif how == "module":
+        client = fastkv.from_url(endpoint.url, tile_workers=2)
     else:
         pool = redis.ConnectionPool.from_url(endpoint.url)
         client = (
