@@ -1,4 +1,4 @@
-"""GET and SET of batches, size by size: every peer and the raw ceiling in turn."""
+"""GET and SET of batches, size by size: every peer and the raw ceiling interleaved."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Throughput:
         return self._values.nbytes / 1e9
 
     def measure(self, operation: str, rounds: int) -> list[Row]:
-        """Run ``get`` or ``set`` by everybody in turn.
+        """Run ``get`` or ``set`` by everybody, interleaved.
 
         Returns:
             One row for each peer, with a sample a round.
