@@ -64,14 +64,15 @@ def started(run: Callable[[], None], name: str) -> threading.Thread:
 
 
 def shielded(work: Callable[[], _Result]) -> _Result:
-    """Return or raise what ``work`` does. If this is interrupted, ``work`` has not
-    begun, or goes on to its end without us.
+    """Return or raise what ``work`` does. If this is interrupted, ``work`` never
+    begins, or goes on to its end without us.
     """
     # When the interpreter ends, Python before 3.12 makes threads that never run.
     if sys.is_finalizing() or threading.get_ident() != threading.main_thread().ident:
         return work()
     results: list[_Result] = []
     errors: list[BaseException] = []
+    gone: list[bool] = []
     # A lock of the C level, which an interrupt leaves in order. One of Python's classes
     # it can leave locked for ever.
     done = _thread.allocate_lock()
@@ -79,20 +80,26 @@ def shielded(work: Callable[[], _Result]) -> _Result:
 
     def run() -> None:
         try:
-            results.append(work())
+            # Or a late one would start anew what has been closed meanwhile.
+            if not gone:
+                results.append(work())
         except BaseException as error:
             errors.append(error)
         finally:
             _let_go(done)
 
-    _pending.add(done)
     try:
-        # Not threading's: an interrupt in the middle of its start leaves traces.
-        _thread.start_new_thread(run, ())
-    except RuntimeError:  # no more threads, or the interpreter is about to end
-        _pending.discard(done)
-        return work()
-    done.acquire()
+        _pending.add(done)
+        try:
+            # Not threading's: an interrupt in the middle of its start leaves traces.
+            _thread.start_new_thread(run, ())
+        except RuntimeError:  # no more threads, or the interpreter is about to end
+            _pending.discard(done)
+            return work()
+        done.acquire()
+    except BaseException:
+        gone.append(True)
+        raise
     if results:
         return results[0]
     if not errors:  # a signal handler has forked: the helper is the parent's

@@ -861,6 +861,25 @@ def test_signals_at_random_moments_leave_a_client_that_works() -> None:
     assert interrupted, seed
 
 
+def test_an_interrupted_call_starts_nothing_after_the_close(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    late: list[Callable[[], None]] = []
+
+    def start(run: Callable[[], None], arguments: object) -> None:
+        late.append(run)  # its thread is not scheduled yet
+        signal_main()
+
+    with ModelServer(1) as server, fastkv.Redis(port=server.port) as client:
+        monkeypatch.setattr("fastkv.shielded._thread.start_new_thread", start)
+        with pytest.raises(Interrupted):
+            client.batch_tile_exists(["v"])
+        monkeypatch.undo()
+        client.close()
+        late[0]()
+        assert fastkv_threads() == []
+
+
 def test_a_close_that_is_interrupted_is_finished_by_the_next() -> None:
     with SilentPeer() as silent:
         client = fastkv.Redis(port=silent.port)

@@ -583,14 +583,16 @@ def test_a_server_with_no_room_for_clients_is_redis_pys_error_or_done_with_fewer
     assert inside.batch_tile_exists(["k0"]) == [True]
     clients: Any = admin.info("clients")
     admin.config_set("maxclients", clients["connected_clients"])
-    with pytest.raises(ConnectionError, match="max number of clients"):
+    # A unix socket may be closed before redis-py, which connects, reads why.
+    no_room = "max number of clients|Broken pipe"
+    with pytest.raises(ConnectionError, match=no_room):
         outside.ping()
     for call in (
         lambda: outside.batch_tile_exists(["k0"]),
         lambda: read(outside, keys, [1_500_000] * 8),
         lambda: outside.batch_tile_set(keys, [value] * 8),
     ):
-        with pytest.raises(ConnectionError, match="max number of clients"):
+        with pytest.raises(ConnectionError, match=no_room):
             call()
     outside.close()  # an attempt of its own may still be on its way
     # One connection more is let in, and does the work of all.
