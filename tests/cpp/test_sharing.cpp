@@ -9,6 +9,7 @@
 #include <mutex>
 #include <random>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -20,7 +21,10 @@ using namespace fastkv;
 
 namespace {
 
-// A server whose every key holds one letter over and over, and changes now and then.
+// What connect_all() reads.
+constexpr std::string_view kSmallKey = "small";
+
+// A server whose every other key holds one letter over and over, and changes now and then.
 class Store {
  public:
   explicit Store(std::size_t bytes, unsigned changes_one_in = 0)
@@ -32,7 +36,7 @@ class Store {
     ++by_connection_[words[0]][connection];
     if (changes_one_in_ > 0 && random_() % changes_one_in_ == 0) ++version_;
     const char letter = static_cast<char>('a' + version_ % 26);
-    if (words[0] == "GET") return bulk(std::string(bytes_, letter));
+    if (words[0] == "GET") return bulk(std::string(words[1] == kSmallKey ? 100 : bytes_, letter));
     if (words[0] == "GETRANGE") {
       const std::size_t begin = std::stoul(words[2]);
       const std::size_t end = std::min(std::stoul(words[3]) + 1, bytes_);
@@ -97,12 +101,12 @@ struct Strangers {
 };
 
 struct Get {
-  Get(std::size_t keys, std::size_t bytes, bool immutable)
+  Get(std::size_t keys, std::size_t bytes, bool immutable, std::string_view name = {})
       : batch(std::make_shared<Batch>(Command::get)), id(next_id++) {
     memory.assign(keys, std::string(bytes, '\xa5'));
     if (immutable) batch->promise_immutable();
     for (std::size_t i = 0; i < keys; ++i) {
-      batch->add_key("k" + std::to_string(i));
+      batch->add_key(name.empty() ? "k" + std::to_string(i) : std::string(name));
       batch->add_segment(memory[i].data(), bytes / 3);
       batch->add_segment(memory[i].data() + bytes / 3, bytes - bytes / 3);
       batch->end_value();
@@ -123,7 +127,7 @@ struct Get {
 void connect_all(Engine& engine) {
   for (int i = 0; i < 20; ++i) {
     auto queue = std::make_shared<CompletionQueue>();
-    Get warm(16, 100, false);  // each is answered with a whole value
+    Get warm(64, 100, false, kSmallKey);
     engine.submit(warm.batch, warm.id, queue, retry(-1), 0);
     wait_for(*queue, 1);
   }
