@@ -2,6 +2,7 @@
 // and end of stream are told apart.
 #pragma once
 
+#include <sys/socket.h>
 #include <sys/uio.h>
 
 #include <cstddef>
@@ -11,6 +12,9 @@
 #include "status.hpp"
 
 namespace fastkv {
+
+// Whether a connection between these addresses stays on one machine, as far as they tell.
+bool on_one_machine(const sockaddr_storage& ours, const sockaddr_storage& theirs) noexcept;
 
 class Stream {
  public:
@@ -27,7 +31,8 @@ class Stream {
   virtual Moved write(std::span<const iovec> from) noexcept = 0;
   // At least so many bytes will come: the descriptor need not be readable before some are there.
   virtual void expect(std::size_t /*bytes*/) noexcept {}
-  // What comes is sent on this machine, and whoever sends it spends his own time on waking us.
+  // What comes is sent on this machine, and whoever sends it spends his own time on waking us; and
+  // the socket holds enough to do without us for a while.
   virtual bool is_woken_by_peer() const noexcept { return false; }
   // There may be more to read, or a failure to tell, though the descriptor is not readable.
   virtual bool holds_bytes() const noexcept { return false; }
@@ -57,7 +62,6 @@ class SocketStream final : public Stream {
   Moved read(std::span<const iovec> into) noexcept override;
   Moved write(std::span<const iovec> from) noexcept override;
   void expect(std::size_t bytes) noexcept override;
-  // Not of unix sockets: theirs hold too little to do without us for a while.
   bool is_woken_by_peer() const noexcept override { return is_local_; }
   void close_after_fork() noexcept override { socket_.reset(); }
 
@@ -65,7 +69,7 @@ class SocketStream final : public Stream {
   UniqueFd socket_;
   bool waits_for_many_ = false;  // TCP: SO_RCVLOWAT has an effect
   int low_water_ = 1;
-  bool is_local_ = false;  // TCP, and both ends have one address
+  bool is_local_ = false;  // TCP over the loopback
 };
 
 }  // namespace fastkv

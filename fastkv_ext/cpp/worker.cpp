@@ -8,6 +8,7 @@
 #include <array>
 #include <cerrno>
 #include <csignal>
+#include <ctime>
 #include <exception>
 #include <new>
 #include <string_view>
@@ -29,8 +30,8 @@ constexpr auto kDoubtPatience = std::chrono::seconds(1);
 // Without a stall time-out: what had no answer for so long goes apart from those who give up.
 constexpr auto kSilence = std::chrono::seconds(5);
 // To be woken costs a server on this machine more than it costs us to wake up by ourselves: on a
-// virtual one 25 us of its one thread, time and again. So while much is on its way from it, and a
-// wait has just been shorter than this, we do not wait for a socket but for the clock.
+// virtual one 25 us of its one thread, time and again. So while much is on its way from it, nothing
+// is there yet, and the last wait for so much was shorter than this, we wait for the clock first.
 constexpr auto kNap = std::chrono::microseconds(50);
 // More than comes during a nap, so that no server runs out of requests meanwhile.
 constexpr std::uint64_t kNapBytes = std::uint64_t{512} << 10;
@@ -44,10 +45,21 @@ constexpr std::size_t kServerReplyBytes = std::size_t{8} << 10;
 
 constexpr const char* kNoMemory = "out of memory";
 
+// Whether a nap ends when it should, or at the next tick of the kernel, which may be 10 ms away.
+bool clock_is_fine() noexcept {
+  timespec tick{};
+  return ::clock_getres(CLOCK_MONOTONIC, &tick) == 0 &&
+         std::chrono::seconds(tick.tv_sec) + std::chrono::nanoseconds(tick.tv_nsec) < kNap;
+}
+
 }  // namespace
 
 Worker::Worker(std::size_t index, Schedule& schedule, Window window)
-    : index_(index), schedule_(schedule), window_(window), epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
+    : index_(index),
+      schedule_(schedule),
+      window_(window),
+      can_nap_(clock_is_fine()),
+      epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
   if (!epoll_) throw std::system_error(errno, std::generic_category(), "epoll_create1");
   epoll_event event{.events = EPOLLIN, .data = {.ptr = nullptr}};
   if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, schedule_.inbox(index_).fd(), &event) < 0) {
@@ -83,7 +95,7 @@ void Worker::join() {
 
 void Worker::run() noexcept {
   ::pthread_setname_np(::pthread_self(), "fastkv-worker");
-  ::prctl(PR_SET_TIMERSLACK, 1);  // or naps would take twice as long
+  ::prctl(PR_SET_TIMERSLACK, 1UL);  // or naps would take twice as long
   const auto end = [this](const Status& why) {
     if (const auto joined = std::exchange(carried_.joined, nullptr)) {
       joined->lose(why, false);
@@ -133,16 +145,25 @@ void Worker::loop() {
     if (woken && schedule_.has_work(left)) schedule_.pass_on(index_);
     // Writing may have lost a connection, or completed something by a reply that came meanwhile.
     const int timeout = turn_again_ ? 0 : next_timeout();
-    const bool naps = timeout != 0 && may_nap();
-    if (naps && waits_are_short_) std::this_thread::sleep_for(kNap);
-    const auto waits_from = naps ? Clock::now() : now_;
-    const int count = ::epoll_wait(epoll_.get(), events.data(), events.size(), timeout);
+    const auto look = [&](int milliseconds) {
+      return ::epoll_wait(epoll_.get(), events.data(), events.size(), milliseconds);
+    };
+    const bool may_nap = timeout != 0 && naps_are_fine();
+    int count = 0;
+    if (may_nap && waits_are_short_) {
+      count = look(0);
+      if (count == 0) std::this_thread::sleep_for(kNap);
+    }
+    if (count == 0) {
+      const auto from = may_nap ? Clock::now() : now_;
+      count = look(timeout);
+      if (may_nap) waits_are_short_ = Clock::now() - from < kNap;
+    }
     if (count < 0 && errno != EINTR) {
       throw std::system_error(errno, std::generic_category(), "epoll_wait");
     }
     inbox.asleep = false;
     now_ = Clock::now();
-    if (naps) waits_are_short_ = now_ - waits_from < kNap;
     woken = false;
     for (const auto& lane : lanes_) {
       if (lane->reads_on) receive(*lane);
@@ -575,16 +596,18 @@ int Worker::next_timeout() const {
   return static_cast<int>(std::min<std::int64_t>(left, 60'000));
 }
 
-// Whether nobody suffers if we look again only after kNap: all that is on its way are values, many
-// bytes of them, from this machine. Stores would leave the server's socket empty, and who waits
-// for a lookup or for little wants it at once.
-bool Worker::may_nap() const noexcept {
+// Whether to sleep for kNap costs nobody more than that: values are on their way, many bytes of
+// them and all from this machine. Stores would leave the server's socket empty, and who waits for a
+// lookup wants it at once.
+bool Worker::naps_are_fine() const noexcept {
+  if (!can_nap_) return false;
   std::uint64_t bytes = 0;
   for (const auto& lane : lanes_) {
     if (lane->state != State::connected || lane->session.requests() == 0) continue;
     const std::uint64_t outstanding = lane->session.outstanding_bytes();
-    if (outstanding == 0 || lane->session.stores() > 0 || !lane->stream->is_woken_by_peer())
+    if (outstanding == 0 || lane->session.stores() > 0 || !lane->stream->is_woken_by_peer()) {
       return false;
+    }
     bytes += outstanding;
   }
   return bytes >= kNapBytes;

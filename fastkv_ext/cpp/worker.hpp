@@ -91,7 +91,7 @@ class Worker {
                  const Status& why) noexcept;
   void abandon(Batch& batch) noexcept;
   int next_timeout() const;
-  bool may_nap() const noexcept;
+  bool naps_are_fine() const noexcept;
   bool is_in_doubt(const Lane& lane) const noexcept;
   static Clock::duration doubt_patience(const Lane& lane) noexcept;
   static Clock::duration silence(const Lane& lane) noexcept;
@@ -103,6 +103,7 @@ class Worker {
   const std::size_t index_;
   Schedule& schedule_;
   const Window window_;
+  const bool can_nap_;
   UniqueFd epoll_;
   std::thread thread_;
   Inbox::Letter letter_;  // changes under Schedule::fork_mutex
@@ -111,9 +112,9 @@ class Worker {
   std::vector<std::unique_ptr<Lane>> lanes_;  // lookup lanes first
   Clock::time_point now_;
   // Finished operations of one batch, counted here first: one atomic for many replies.
-  Schedule::Run carried_;    // pulled, and not in a session yet
-  bool turn_again_ = false;  // something changed that the loop must look at before it sleeps
-  bool waits_are_short_ = false;  // the last one for values was, see kNap
+  Schedule::Run carried_;         // pulled, and not in a session yet
+  bool turn_again_ = false;       // something changed that the loop must look at before it sleeps
+  bool waits_are_short_ = false;  // see kNap
   std::optional<Clock::time_point> stores_held_until_;
   Batch* finished_batch_ = nullptr;
   std::size_t finished_count_ = 0;

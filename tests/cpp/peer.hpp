@@ -15,11 +15,13 @@
 #include <string>
 #include <string_view>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.hpp"
 #include "drain.hpp"
 #include "engine.hpp"
+#include "tcp_pair.hpp"
 
 // What the server says to a request of connection number so-and-so; nothing: it never says
 // anything again. With kHangUp at its end, it closes the connection afterwards.
@@ -109,6 +111,8 @@ class Connector {
     for (std::thread& peer : peers_) peer.join();
   }
 
+  // TCP on this machine from now on.
+  void use_tcp() { use_tcp_ = true; }
   void refuse() { refuse_ = true; }
   // Takes its time for each, from now on.
   void dawdle(std::chrono::milliseconds pause) { pause_ = pause; }
@@ -136,18 +140,28 @@ class Connector {
           continue;
         }
         std::this_thread::sleep_for(pause_.load());
-        int ends[2];
-        CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+        fastkv::UniqueFd ours;
+        fastkv::UniqueFd theirs;
+        if (use_tcp_) {
+          TcpPair pair;
+          ours = std::move(pair.connected);
+          theirs = std::move(pair.accepted);
+        } else {
+          int ends[2];
+          CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+          ours = fastkv::UniqueFd(ends[0]);
+          theirs = fastkv::UniqueFd(ends[1]);
+        }
         {
           std::lock_guard lock(mutex_);
           lanes_.push_back(lane);
         }
         peers_.emplace_back(
-            [this, number = connections++](int fd) {
-              serve(fastkv::UniqueFd(fd), number, answer_, lifetime_);
+            [this, number = connections++](fastkv::UniqueFd socket) {
+              serve(std::move(socket), number, answer_, lifetime_);
             },
-            ends[1]);
-        engine_.adopt(lane, fastkv::UniqueFd(ends[0]), stall_seconds_, health_seconds_);
+            std::move(theirs));
+        engine_.adopt(lane, std::move(ours), stall_seconds_, health_seconds_);
       }
     }
   }
@@ -158,6 +172,7 @@ class Connector {
   const double stall_seconds_;
   const double health_seconds_;
   std::atomic<bool> stop_{false};
+  std::atomic<bool> use_tcp_{false};
   std::atomic<bool> refuse_{false};
   std::atomic<bool> ignore_{false};
   std::atomic<std::chrono::milliseconds> pause_{};

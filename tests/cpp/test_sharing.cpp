@@ -24,7 +24,7 @@ namespace {
 // What connect_all() reads.
 constexpr std::string_view kSmallKey = "small";
 
-// A server whose every other key holds one letter over and over, and changes now and then.
+// A server whose keys, but that one, hold one letter over and over, which changes now and then.
 class Store {
  public:
   explicit Store(std::size_t bytes, unsigned changes_one_in = 0)
@@ -123,9 +123,9 @@ struct Get {
   std::vector<std::string> memory;
 };
 
-// Has all connections made, as reading many values does.
-void connect_all(Engine& engine) {
-  for (int i = 0; i < 20; ++i) {
+// Has all connections for values made, as reading many does.
+void connect_all(Engine& engine, const Connector& connector, int connections) {
+  while (connector.asked() < connections) {
     auto queue = std::make_shared<CompletionQueue>();
     Get warm(64, 100, false, kSmallKey);
     engine.submit(warm.batch, warm.id, queue, retry(-1), 0);
@@ -144,7 +144,7 @@ TEST(workers_that_sleep_are_woken_to_help) {
     Store store(kLarge);
     Engine engine(3, 4, kWindow);  // a lane for lookups, and one with each worker
     Connector connector(engine, std::ref(store));
-    connect_all(engine);
+    connect_all(engine, connector, 3);
     store.forget();
     auto queue = std::make_shared<CompletionQueue>();
     Get get(1, kLarge, immutable);
@@ -169,7 +169,7 @@ TEST(a_value_that_is_complete_does_not_wait_for_a_helper_whose_watch_is_not_answ
   };
   Engine engine(2, 3, kWindow);
   Connector connector(engine, answer);
-  connect_all(engine);
+  connect_all(engine, connector, 2);
   const auto start = Clock::now();
   auto queue = std::make_shared<CompletionQueue>();
   Get get(1, kLarge, false);
@@ -183,7 +183,7 @@ TEST(servers_behind_one_name_do_not_share_a_snapshot) {
   for (const bool anonymous : {false, true}) {
     Engine engine(3, 4, kWindow);
     Connector connector(engine, Strangers{kLarge, anonymous});
-    connect_all(engine);
+    connect_all(engine, connector, 3);
     for (int i = 0; i < 20; ++i) {
       auto queue = std::make_shared<CompletionQueue>();
       Get get(1, kLarge, false);

@@ -4,6 +4,7 @@
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <sys/socket.h>
 
 #include <cstring>
@@ -11,30 +12,31 @@
 #include <utility>
 
 #include "check.hpp"
+#include "tcp_pair.hpp"
 
 using namespace fastkv;
 
 namespace {
 
-// A connection over TCP to a listener at this address of ours, with the accepted end.
-struct Pair {
-  explicit Pair(const char* address) {
-    sockaddr_in at{};
-    at.sin_family = AF_INET;
-    CHECK(::inet_pton(AF_INET, address, &at.sin_addr) == 1);
-    const UniqueFd listener(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    CHECK(::bind(listener.get(), reinterpret_cast<sockaddr*>(&at), sizeof at) == 0);
-    CHECK(::listen(listener.get(), 1) == 0);
-    socklen_t size = sizeof at;
-    CHECK(::getsockname(listener.get(), reinterpret_cast<sockaddr*>(&at), &size) == 0);
-    ours = UniqueFd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    CHECK(::connect(ours.get(), reinterpret_cast<sockaddr*>(&at), sizeof at) == 0);
-    theirs = UniqueFd(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
-    CHECK(theirs.get() >= 0);
-  }
-  UniqueFd ours;
-  UniqueFd theirs;
-};
+sockaddr_storage address(const char* text) {
+  sockaddr_storage made{};
+  auto& four = reinterpret_cast<sockaddr_in&>(made);
+  auto& six = reinterpret_cast<sockaddr_in6&>(made);
+  made.ss_family = std::strchr(text, ':') ? AF_INET6 : AF_INET;
+  void* const into = made.ss_family == AF_INET ? static_cast<void*>(&four.sin_addr)
+                                               : static_cast<void*>(&six.sin6_addr);
+  CHECK(::inet_pton(made.ss_family, text, into) == 1);
+  return made;
+}
+
+bool same(const char* ours, const char* theirs) {
+  return on_one_machine(address(ours), address(theirs));
+}
+
+bool use(int fd, const std::string& congestion_control) {
+  return ::setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, congestion_control.data(),
+                      static_cast<socklen_t>(congestion_control.size())) == 0;
+}
 
 std::string congestion_control(int fd) {
   char name[16] = {};
@@ -45,13 +47,39 @@ std::string congestion_control(int fd) {
 
 }  // namespace
 
-TEST(tcp_that_stays_on_this_machine_is_known_and_not_paced) {
-  for (const char* address : {"127.0.0.1", "127.0.1.1"}) {  // that one connects from 127.0.0.1
-    Pair pair(address);
-    const SocketStream stream(std::move(pair.ours));
+TEST(addresses_tell_whether_a_connection_stays_on_one_machine) {
+  CHECK(same("127.0.0.1", "127.0.0.1"));
+  CHECK(same("127.0.0.1", "127.0.1.1"));
+  CHECK(same("10.1.2.3", "10.1.2.3"));
+  CHECK(!same("10.1.2.3", "10.1.2.4"));
+  CHECK(same("::1", "::1"));
+  CHECK(same("fd00::1", "fd00::1"));
+  CHECK(!same("fd00::1", "fd00::2"));
+  CHECK(same("::ffff:127.0.0.1", "::ffff:127.0.1.1"));
+  CHECK(!same("::ffff:10.1.2.3", "::ffff:10.1.2.4"));
+  CHECK(!same("10.1.2.3", "::ffff:10.1.2.3"));
+  sockaddr_storage local{};
+  local.ss_family = AF_UNIX;
+  CHECK(!on_one_machine(local, local));
+}
+
+TEST(tcp_that_stays_on_this_machine_is_known_and_not_held_back) {
+  for (const char* where : {"127.0.0.1", "127.0.1.1"}) {
+    TcpPair pair(where);
+    const bool may_choose = use(pair.accepted.get(), "reno");
+    const std::string before = congestion_control(pair.connected.get());
+    const SocketStream stream(std::move(pair.connected));
     CHECK(stream.is_woken_by_peer());
-    CHECK(congestion_control(stream.fd()) == "reno");
+    CHECK(congestion_control(stream.fd()) == (may_choose ? "reno" : before));
   }
+}
+
+TEST(short_segments_mean_a_network) {
+  TcpPair pair("127.0.0.1", 1448);
+  const std::string before = congestion_control(pair.connected.get());
+  const SocketStream stream(std::move(pair.connected));
+  CHECK(!stream.is_woken_by_peer());
+  CHECK(congestion_control(stream.fd()) == before);
 }
 
 TEST(nobody_naps_at_a_unix_socket) {
@@ -62,12 +90,13 @@ TEST(nobody_naps_at_a_unix_socket) {
 }
 
 TEST(a_peer_that_has_gone_already_is_found_out_by_reading) {
-  Pair pair("127.0.0.1");
+  TcpPair pair;
   const linger at_once{.l_onoff = 1, .l_linger = 0};
-  ::setsockopt(pair.theirs.get(), SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
-  pair.theirs.reset();  // a reset, on which the kernel forgets the peer's address
-  SocketStream stream(std::move(pair.ours));
-  CHECK(!stream.is_woken_by_peer());
+  ::setsockopt(pair.accepted.get(), SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
+  pair.accepted.reset();  // a reset, on which the kernel forgets the peer's address
+  pollfd entry{pair.connected.get(), POLLIN, 0};
+  CHECK(::poll(&entry, 1, 20'000) == 1);
+  SocketStream stream(std::move(pair.connected));
   char byte = 0;
   const iovec into{&byte, 1};
   CHECK(stream.read({&into, 1}).status.code == Code::connection_lost);
