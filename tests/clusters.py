@@ -161,8 +161,13 @@ class ClusterServers:
             )
 
         def linked(member: Member) -> bool:
+            # A replica that has just started calls itself master in INFO, with no keys.
+            lines = member.call("NODES").splitlines()
+            mine = next(line for line in lines if b"myself" in line)
+            if b"master" in mine.split()[2]:
+                return True
             info: dict[str, Any] = member.admin.info("replication")
-            return info["role"] == "master" or info["master_link_status"] == "up"
+            return info.get("master_link_status") == "up"
 
         wait_until(lambda: all(ok(m) and linked(m) for m in self.members))
 
