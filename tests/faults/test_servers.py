@@ -344,7 +344,8 @@ def test_a_server_that_does_not_answer_is_a_time_out_and_writes_nothing_later(
         for buffer in buffers:
             buffer[:] = b"\x5a" * len(buffer)
             buffer += b"grown"  # not pinned
-    client.set_retry(Retry(NoBackoff(), 50))  # it may be slow to wake up, and paused still
+    # It may be paused still, and slow to wake up.
+    client.set_retry(Retry(NoBackoff(), 50))
     assert read(client, keys, sizes, timeout=PATIENCE) == values
     for buffer in buffers:
         assert buffer.count(0x5A) == len(buffer) - 5
