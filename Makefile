@@ -83,8 +83,8 @@ lint: $(BIN)/.test
 	@printf '%s\n' $(CPP) | xargs -P "$$(nproc)" -I{} $(BIN)/clang-tidy --quiet {} -- -std=c++20 -Ifastkv_ext/cpp
 	$(BIN)/codespell
 
-# Each test is a program over check.hpp, linked with all of cpp/, and waits more than it works; and
-# what the fuzzer has found worth keeping is replayed. SANITIZE=address,undefined or thread, as the
+# Programs over check.hpp, linked with all of cpp/. Each of their tests has a process of its own, and
+# waits more than it works; and what the fuzzer has found worth keeping is replayed. SANITIZE=address,undefined or thread, as the
 # compiler names them.
 SANITIZE :=
 BUILD := build/cpp$(SANITIZE:%=-%)
@@ -110,7 +110,10 @@ $(BUILD)/replay_%: tests/fuzz/fuzz_%.cpp tests/fuzz/replay.cpp $(OBJECTS) $(HEAD
 
 test-cpp: $(BIN)/python
 	@$(MAKE) -s -j "$$(nproc)" $(CPP_TESTS) $(FUZZED:%=$(BUILD)/replay_%)
-	@printf '%s\n' $(CPP_TESTS) | xargs -n 1 -P "$$(nproc)" sh -c 'said=$$($$0 2>&1); code=$$?; echo "$$0"; echo "$$said"; exit $$code'
+	@for program in $(CPP_TESTS); do $$program --list | sed "s|^|$$program |"; done > $(BUILD)/tests
+	@xargs -a $(BUILD)/tests -n 2 -P "$$(( $(if $(SANITIZE),1,3) * $$(nproc) ))" sh -c \
+	  'said=$$($$0 $$1 2>&1) || { echo "$$0 $$1: $$said"; exit 1; }'
+	@echo "$$(wc -l < $(BUILD)/tests) C++ tests passed"
 	@for target in $(FUZZED); do echo $(BUILD)/replay_$$target; \
 	  $(BUILD)/replay_$$target tests/fuzz/corpus/$$target || exit 1; done
 
@@ -160,7 +163,7 @@ $(FUZZED:%=fuzz-%): fuzz-%: tests/fuzz/fuzz_%.cpp $(FUZZ_OBJECTS)
 	  -max_len=200 -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -artifact_prefix=build/fuzz/
 
 test-python: $(BIN)/.test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # What `make test` does in a short form.
 faults: $(BIN)/.test

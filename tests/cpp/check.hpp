@@ -1,9 +1,9 @@
-// A test program is a main that calls functions whose names are sentences. CHECK says where and
-// what failed, and the program goes on to the next test and exits with 1.
+// A test program is a main that calls functions whose names are sentences: all, or those it is told
+// to. CHECK says where and what failed, and the program goes on to the next test and exits with 1.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
-#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -24,9 +24,21 @@ struct Register {
   Register(const char* name, void (*run)()) { tests().push_back({name, run}); }
 };
 
-inline int run_all() {
+// The tests with these names, or all; `--list` prints what there is.
+inline int run(int count, char** names) {
+  const std::vector<std::string> wanted(names + 1, names + count);
+  const bool list = wanted == std::vector<std::string>{"--list"};
+  int ran = 0;
   int failed = 0;
   for (const Test& test : tests()) {
+    if (list) {
+      std::puts(test.name);
+      continue;
+    }
+    if (!wanted.empty() && std::find(wanted.begin(), wanted.end(), test.name) == wanted.end()) {
+      continue;
+    }
+    ++ran;
     try {
       test.run();
     } catch (const std::exception& error) {
@@ -34,8 +46,7 @@ inline int run_all() {
       ++failed;
     }
   }
-  std::printf("%zu passed, %d failed\n", tests().size() - static_cast<std::size_t>(failed), failed);
-  return failed == 0 ? 0 : 1;
+  return failed == 0 && (list || ran > 0) ? 0 : 1;
 }
 
 inline void check(bool ok, const char* what, const char* file, int line) {

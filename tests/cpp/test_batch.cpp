@@ -107,6 +107,6 @@ TEST(replies_that_redirect_are_told_from_those_that_answer) {
   }
 }
 
-int main() {
-  return check::run_all();
+int main(int count, char** names) {
+  return check::run(count, names);
 }

@@ -205,6 +205,6 @@ TEST(stores_that_are_given_up_do_not_starve_a_load_on_their_connections) {
   }
 }
 
-int main() {
-  return check::run_all();
+int main(int count, char** names) {
+  return check::run(count, names);
 }

@@ -480,6 +480,6 @@ TEST(a_child_keeps_no_socket_that_a_worker_is_taking) {
   }
 }
 
-int main() {
-  return check::run_all();
+int main(int count, char** names) {
+  return check::run(count, names);
 }

@@ -255,6 +255,6 @@ TEST(nobody_connects_without_end_to_help_where_each_connection_is_closed_at_once
   owner.join();
 }
 
-int main() {
-  return check::run_all();
+int main(int count, char** names) {
+  return check::run(count, names);
 }

@@ -99,6 +99,6 @@ TEST(an_engine_can_be_closed_while_much_is_on_its_way) {
   }
 }
 
-int main() {
-  return check::run_all();
+int main(int count, char** names) {
+  return check::run(count, names);
 }

@@ -302,6 +302,6 @@ TEST(stores_without_end_do_not_starve_a_load_on_their_only_connection) {
   }
 }
 
-int main() {
-  return check::run_all();
+int main(int count, char** names) {
+  return check::run(count, names);
 }

@@ -85,6 +85,6 @@ TEST(nobody_joins_a_value_whose_last_reader_has_left) {
   CHECK(!value.join());
 }
 
-int main() {
-  return check::run_all();
+int main(int count, char** names) {
+  return check::run(count, names);
 }

@@ -137,6 +137,6 @@ TEST(the_size_of_a_bulk_header_is_that_of_what_is_appended) {
   }
 }
 
-int main() {
-  return check::run_all();
+int main(int count, char** names) {
+  return check::run(count, names);
 }

@@ -318,6 +318,6 @@ TEST(what_another_schedule_has_refused_is_read_as_this_one_reads) {
   f.schedule.close({Code::closed, {}});
 }
 
-int main() {
-  return check::run_all();
+int main(int count, char** names) {
+  return check::run(count, names);
 }

@@ -561,6 +561,6 @@ TEST(an_abandoned_reader_leaves_and_the_last_one_releases_the_memory) {
   CHECK(memory.poisoned());
 }
 
-int main() {
-  return check::run_all();
+int main(int count, char** names) {
+  return check::run(count, names);
 }

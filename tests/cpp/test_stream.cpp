@@ -102,6 +102,6 @@ TEST(a_peer_that_has_gone_already_is_found_out_by_reading) {
   CHECK(stream.read({&into, 1}).status.code == Code::connection_lost);
 }
 
-int main() {
-  return check::run_all();
+int main(int count, char** names) {
+  return check::run(count, names);
 }

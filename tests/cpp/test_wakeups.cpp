@@ -238,6 +238,6 @@ TEST(nobody_is_woken_for_a_store_that_is_held_back) {
   CHECK(!woken);
 }
 
-int main() {
-  return check::run_all();
+int main(int count, char** names) {
+  return check::run(count, names);
 }

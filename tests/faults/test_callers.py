@@ -903,6 +903,7 @@ def test_a_close_that_is_interrupted_is_finished_by_the_next() -> None:
         thread.start()
         try:
             client.close()
+            thread.join()  # it may come only now
         except Interrupted:
             pass
         thread.join()

