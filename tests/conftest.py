@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,9 @@ def pytest_configure() -> None:
     for module in filter(None, REQUIRED_MODULES.split(",")):
         if importlib.util.find_spec(module) is None:
             raise pytest.UsageError(f"no module {module!r}")
+    # A shell has what it starts in the background ignore it, and so would our children.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
