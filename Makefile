@@ -163,7 +163,7 @@ $(FUZZED:%=fuzz-%): fuzz-%: tests/fuzz/fuzz_%.cpp $(FUZZ_OBJECTS)
 	  -max_len=200 -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -artifact_prefix=build/fuzz/
 
 test-python: $(BIN)/.test
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # What `make test` does in a short form.
 faults: $(BIN)/.test
