@@ -84,8 +84,8 @@ lint: $(BIN)/.test
 	$(BIN)/codespell
 
 # Programs over check.hpp, linked with all of cpp/. Each of their tests has a process of its own, and
-# waits more than it works; and what the fuzzer has found worth keeping is replayed. SANITIZE=address,undefined or thread, as the
-# compiler names them.
+# waits more than it works; and what the fuzzer has found worth keeping is replayed.
+# SANITIZE=address,undefined or thread, as the compiler names them.
 SANITIZE :=
 BUILD := build/cpp$(SANITIZE:%=-%)
 CPP_TESTS := $(patsubst tests/cpp/%.cpp,$(BUILD)/%,$(wildcard tests/cpp/test_*.cpp))
@@ -110,7 +110,9 @@ $(BUILD)/replay_%: tests/fuzz/fuzz_%.cpp tests/fuzz/replay.cpp $(OBJECTS) $(HEAD
 
 test-cpp: $(BIN)/python
 	@$(MAKE) -s -j "$$(nproc)" $(CPP_TESTS) $(FUZZED:%=$(BUILD)/replay_%)
-	@for program in $(CPP_TESTS); do $$program --list | sed "s|^|$$program |"; done > $(BUILD)/tests
+	@for program in $(CPP_TESTS); do \
+	  names=$$($$program --list) || exit 1; printf "$$program %s\n" $$names; \
+	done > $(BUILD)/tests
 	@xargs -a $(BUILD)/tests -n 2 -P "$$(( $(if $(SANITIZE),1,3) * $$(nproc) ))" sh -c \
 	  'said=$$($$0 $$1 2>&1) || { echo "$$0 $$1: $$said"; exit 1; }'
 	@echo "$$(wc -l < $(BUILD)/tests) C++ tests passed"
