@@ -144,7 +144,9 @@ class Node:
         self._broken = False  # a worker has died
         self.stats = stats
         self._engine = Engine(
-            *(workers, connections, window_bytes, _WINDOW_REQUESTS, range_bytes), stats
+            *(workers, connections, window_bytes, _WINDOW_REQUESTS, range_bytes),
+            options.near_load_bytes,
+            stats,
         )
         # Reentrant: a signal handler may use a client in the middle of anything.
         self._lock = threading.RLock()

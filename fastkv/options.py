@@ -22,7 +22,7 @@ class TileOptions:
             4, or as many as there are workers. All together never more than the pool's
             `max_connections`.
         window_bytes: Value bytes that may be on their way on a connection. Default:
-            512 KiB.
+            512 KiB, but 256 KiB for loads from a server that answers within 0.2 ms.
         range_bytes: A value of half of this or more is read in ranges of this; 0: every
             value is read whole. Default: 512 KiB.
     """
@@ -72,6 +72,11 @@ class TileOptions:
         lags can defeat WATCH, so nothing is read in ranges unless it was asked for.
         """
         return self if self.range_bytes is not None else replace(self, range_bytes=0)
+
+    @property
+    def near_load_bytes(self) -> int:
+        """`window_bytes` of loads from a server that answers within 0.2 ms."""
+        return self.window_bytes or 256 << 10
 
     def filled(self, max_connections: int) -> tuple[int, int, int, int]:
         """No default left.

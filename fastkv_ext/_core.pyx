@@ -772,6 +772,7 @@ cdef class Engine:
         window_bytes: Value bytes that a connection may have asked for and not yet read.
         window_requests: Requests that a connection may have in flight.
         range_bytes: Values of half of this and more are read in ranges of this; 0: none is.
+        near_load_bytes: Instead of window_bytes, of loads from a server that answers at once.
         stats: Where to count.
     """
 
@@ -787,12 +788,14 @@ cdef class Engine:
         size_t window_bytes,
         size_t window_requests,
         size_t range_bytes,
+        size_t near_load_bytes,
         Stats stats not None,
     ):
         cdef Window window
         window.bytes = window_bytes
         window.requests = window_requests
         window.range_bytes = range_bytes
+        window.near_load_bytes = near_load_bytes
         self.in_flight = {}
         self.held_for_fork = False
         self.pid = getpid()

@@ -180,6 +180,7 @@ cdef extern from "worker.hpp" namespace "fastkv" nogil:
         uint64_t bytes
         size_t requests
         uint64_t range_bytes
+        uint64_t near_load_bytes
 
 
 cdef extern from "fd.hpp" namespace "fastkv" nogil:

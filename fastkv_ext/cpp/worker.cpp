@@ -35,6 +35,8 @@ constexpr auto kSilence = std::chrono::seconds(5);
 constexpr auto kNap = std::chrono::microseconds(50);
 // More than comes during a nap, so that no server runs out of requests meanwhile.
 constexpr std::uint64_t kNapBytes = std::uint64_t{512} << 10;
+// With the least window, a connection that is so far away still carries 10 Gbit/s.
+constexpr auto kNearRoundTrip = std::chrono::microseconds(200);
 // Between two connections for the sake of others' values, if the first had done nothing.
 constexpr auto kHelpPause = std::chrono::seconds(1);
 // Of a worker's own requests.
@@ -225,6 +227,7 @@ void Worker::adopt(Lane& lane, Adopt&& message) {
   lane.server.clear();
   if (std::exchange(lane.reconnects, true)) schedule_.stats().reconnects.add();
   lane.checking = lane.polls_write = lane.reads_on = false;
+  lane.asked_idle = lane.near = false;
   lane.stall_timeout = message.stall_timeout;
   lane.health_interval = message.health_interval;
   lane.progress = now_;
@@ -248,6 +251,7 @@ void Worker::receive_some(Lane& lane) {
     if (!moved.status.ok()) return lose(lane, moved.status, true);
     if (moved.bytes == 0) return;
     lane.closed_at_once = false;
+    if (std::exchange(lane.asked_idle, false)) lane.near |= now_ - lane.progress <= kNearRoundTrip;
     lane.progress = now_;
     const Status status = lane.session.commit_read(moved.bytes);
     settle(lane);
@@ -356,7 +360,7 @@ void Worker::feed(Lane& lane) {
     lose(lane, {Code::closed, {}}, false);
   }
   if (lane.state == State::connected && lane.session.pumping()) {
-    lane.session.pump(window_.bytes);
+    lane.session.pump(load_window(lane));
     settle(lane);
     if (lane.stream && !lane.polls_write) transmit(lane);
   }
@@ -394,9 +398,12 @@ void Worker::feed(Lane& lane) {
   }
   bool fed = false;
   while (!session.pumping() && session.requests() < window_.requests) {
+    const bool stores_only =
+        session.stores() > 0 || !schedule_.has_work(without(lane.priorities, Priority::store));
+    const std::uint64_t window = stores_only ? window_.bytes : load_window(lane);
     const std::uint64_t outstanding = session.outstanding_bytes();
     // One more than is being moved, however large, or the round trip would show.
-    if (outstanding >= window_.bytes && session.requests() >= 2) break;
+    if (outstanding >= window && session.requests() >= 2) break;
     PrioritySet priorities = lane.priorities;
     // What is wanted soon must not stand behind a store.
     if (session.stores() > 0) {
@@ -413,7 +420,7 @@ void Worker::feed(Lane& lane) {
     if (session.stores() > 0) mixes = Schedule::Mixes::other_stores;
     if (now_ >= lane.kept_from) mixes = Schedule::Mixes::silent_stores;
     carried_ = schedule_.pull(priorities, lane.generation, window_.requests - session.requests(),
-                              window_.bytes - std::min(window_.bytes, outstanding), now_, mixes,
+                              window - std::min(window, outstanding), now_, mixes,
                               now_ - silence(lane));
     if (carried_.count == 0) {
       if (carried_.retry_at > now_) stores_held_until_ = carried_.retry_at;
@@ -435,7 +442,10 @@ void Worker::feed(Lane& lane) {
   // Others may have read all of a value between our joining it and our first claim.
   settle(lane);
   if (!lane.stream) return;
-  if (idle) lane.progress = now_;
+  if (idle) {
+    lane.progress = now_;
+    lane.asked_idle = true;
+  }
   // Otherwise epoll says when the socket takes more.
   if (!lane.polls_write) transmit(lane);
 }
@@ -463,11 +473,15 @@ void Worker::carry(Lane& lane) {
     carried_.joined = nullptr;
     ++carried_.first;
     --carried_.count;
-    lane.session.pump(window_.bytes);
+    lane.session.pump(load_window(lane));
     if (offered) {
       schedule_.offer(*carried_.batch, index, operation.ranges, lane.number, lane.server);
     }
   }
+}
+
+std::uint64_t Worker::load_window(const Lane& lane) const noexcept {
+  return lane.near && window_.near_load_bytes > 0 ? window_.near_load_bytes : window_.bytes;
 }
 
 // Which server is at the other end: of one name there may be several.

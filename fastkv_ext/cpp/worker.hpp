@@ -26,6 +26,9 @@ struct Window {
   std::uint64_t bytes = 0;
   std::size_t requests = 0;
   std::uint64_t range_bytes = 0;
+  // Instead of `bytes`, of loads from a server that answers at once: no round trip must be hidden,
+  // and what waits in replies and sockets leaves the caches. 0: `bytes`.
+  std::uint64_t near_load_bytes = 0;
 };
 
 class Worker {
@@ -54,6 +57,8 @@ class Worker {
     std::string server;  // its run id; empty: unknown
     std::string server_reply;
     Segment server_target;
+    bool asked_idle = false;      // nothing was on its way, and nothing has come since
+    bool near = false;            // what was asked so was once answered within kNearRoundTrip
     bool fresh = false;           // adopted since the last feed()
     bool closed_at_once = false;  // one was closed while it was, and none has answered since
     bool checking = false;        // a health check is on its way; pull when it is answered
@@ -84,6 +89,7 @@ class Worker {
   void settle(Lane& lane) noexcept;
   void feed(Lane& lane);
   void carry(Lane& lane);
+  std::uint64_t load_window(const Lane& lane) const noexcept;
   void ask_server(Lane& lane);
   void learn_server(Lane& lane, const Completed& reply) noexcept;
   void lose(Lane& lane, const Status& why, bool counted) noexcept;

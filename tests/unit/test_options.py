@@ -81,6 +81,8 @@ def test_defaults_stay_within_the_pools_limit() -> None:
         assert 1 <= workers <= connections <= most
         assert window == 512 << 10
         assert ranges == 512 << 10
+    assert TileOptions().near_load_bytes == 256 << 10
+    assert TileOptions(window_bytes=1 << 20).near_load_bytes == 1 << 20
     assert TileOptions(workers=8).filled(100)[:2] == (8, 9)
     assert TileOptions(workers=2, connections=16).filled(100)[:2] == (2, 17)
 
