@@ -146,6 +146,7 @@ class Node:
         self._engine = Engine(
             *(workers, connections, window_bytes, _WINDOW_REQUESTS, range_bytes),
             options.near_load_bytes,
+            options.range_bytes is None,
             stats,
         )
         # Reentrant: a signal handler may use a client in the middle of anything.

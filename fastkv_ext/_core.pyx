@@ -773,6 +773,7 @@ cdef class Engine:
         window_requests: Requests that a connection may have in flight.
         range_bytes: Values of half of this and more are read in ranges of this; 0: none is.
         near_load_bytes: Instead of window_bytes, of loads from a server that answers at once.
+        fits_allocator: Read small values in smaller ranges if the server's allocator wants that.
         stats: Where to count.
     """
 
@@ -789,6 +790,7 @@ cdef class Engine:
         size_t window_requests,
         size_t range_bytes,
         size_t near_load_bytes,
+        bint fits_allocator,
         Stats stats not None,
     ):
         cdef Window window
@@ -796,6 +798,7 @@ cdef class Engine:
         window.requests = window_requests
         window.range_bytes = range_bytes
         window.near_load_bytes = near_load_bytes
+        window.fits_allocator = fits_allocator
         self.in_flight = {}
         self.held_for_fork = False
         self.pid = getpid()

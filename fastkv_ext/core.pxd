@@ -181,6 +181,7 @@ cdef extern from "worker.hpp" namespace "fastkv" nogil:
         size_t requests
         uint64_t range_bytes
         uint64_t near_load_bytes
+        cpp_bool fits_allocator
 
 
 cdef extern from "fd.hpp" namespace "fastkv" nogil:

@@ -48,14 +48,19 @@ void Batch::note_range_failure(std::uint32_t index, Outcome outcome) noexcept {
       outcome == Outcome::torn ? static_cast<std::uint8_t>(range_failures_[index] + 1) : 2;
 }
 
-Operation Batch::operation(std::uint32_t index) {
+bool Batch::is_small(std::size_t index) const noexcept {
+  return RangedValue::is_small(value_bytes(index), range_bytes_);
+}
+
+Operation Batch::operation(std::uint32_t index, bool in_parts) {
   Operation operation{.command = command_, .ticket = {this, index}, .key = key(index)};
   if (!value_ends_.empty()) {
     const std::size_t begin = index == 0 ? 0 : value_ends_[index - 1];
     operation.value = std::span(segments_).subspan(begin, value_ends_[index] - begin);
   }
   if (in_ranges(index)) {
-    operation.ranges = std::make_shared<RangedValue>(value_bytes(index), range_bytes_, !immutable_);
+    operation.ranges = std::make_shared<RangedValue>(value_bytes(index), range_bytes_, !immutable_,
+                                                     in_parts && is_small(index));
   }
   operation.asking = asking_;
   operation.repeatable = repeatable_;

@@ -93,7 +93,9 @@ class Batch {
   bool repeatable() const noexcept { return repeatable_; }
   // Whether the value is to be read in ranges.
   bool in_ranges(std::size_t index) const noexcept;
-  Operation operation(std::uint32_t index);
+  // Of a value in ranges: see RangedValue::is_small(), and `in_parts` there.
+  bool is_small(std::size_t index) const noexcept;
+  Operation operation(std::uint32_t index, bool in_parts = false);
   // A read in ranges was of no use. After two torn ones, or one misfit, the value is read whole.
   void note_range_failure(std::uint32_t index, Outcome outcome) noexcept;
 

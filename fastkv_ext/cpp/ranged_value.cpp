@@ -12,13 +12,23 @@ std::uint32_t count_ranges(std::uint64_t bytes, std::uint64_t range_bytes) noexc
   return static_cast<std::uint32_t>(2 + (rest + range_bytes - 1) / range_bytes);
 }
 
+std::uint64_t part_bytes(std::uint64_t bytes, std::uint64_t range_bytes) noexcept {
+  constexpr std::uint64_t kPage = 4096;  // or all but the first would be on the grid
+  const std::uint64_t body = bytes - RangedValue::kEndBytes;
+  const std::uint64_t most = std::max<std::uint64_t>(range_bytes / 2, 1);
+  const std::uint64_t parts = std::max<std::uint64_t>((body + most - 1) / most, 2);
+  return ((body + parts - 1) / parts + kPage - 1) / kPage * kPage;
+}
+
 }  // namespace
 
-RangedValue::RangedValue(std::uint64_t bytes, std::uint64_t range_bytes, bool snapshot) noexcept
+RangedValue::RangedValue(std::uint64_t bytes, std::uint64_t range_bytes, bool snapshot,
+                         bool in_parts) noexcept
     : bytes_(bytes),
-      range_bytes_(range_bytes),
-      ranges_(count_ranges(bytes, range_bytes)),
+      range_bytes_(in_parts ? part_bytes(bytes, range_bytes) : range_bytes),
+      ranges_(count_ranges(bytes, range_bytes_)),
       snapshot_(snapshot),
+      in_parts_(in_parts),
       open_(!snapshot) {}
 
 bool RangedValue::exhausted() const noexcept {

@@ -35,10 +35,18 @@ class RangedValue {
   // in that sense (AMD Zen 3 to 5; https://sourceware.org/bugzilla/show_bug.cgi?id=30994).
   static constexpr std::uint64_t kEndBytes = 2048;
 
+  // For a server that pays for large replies, a value of less than four ranges is read `in_parts`:
+  // as few equal ones as have half a range each at most.
+  static bool is_small(std::uint64_t bytes, std::uint64_t range_bytes) noexcept {
+    return bytes / 4 < range_bytes;
+  }
+
   // `bytes` is more than kEndBytes.
-  RangedValue(std::uint64_t bytes, std::uint64_t range_bytes, bool snapshot) noexcept;
+  RangedValue(std::uint64_t bytes, std::uint64_t range_bytes, bool snapshot,
+              bool in_parts = false) noexcept;
 
   bool snapshot() const noexcept { return snapshot_; }
+  bool in_parts() const noexcept { return in_parts_; }
   // Whether there is enough of it for others to help.
   bool divisible() const noexcept { return ranges_ > 3; }
 
@@ -74,6 +82,7 @@ class RangedValue {
   const std::uint64_t range_bytes_;
   const std::uint32_t ranges_;
   const bool snapshot_;
+  const bool in_parts_;
   // Sequentially consistent, all of them: once a claim fails or exhausted() is true, every claim
   // that succeeded, and the open() before it, has happened.
   std::atomic<std::uint32_t> claimed_{0};

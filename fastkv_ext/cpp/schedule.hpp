@@ -104,6 +104,10 @@ class Schedule {
   void offer(Batch& batch, std::uint32_t index, const std::shared_ptr<RangedValue>& ranges,
              std::uint32_t lane, const std::string& server);
   void identified(std::uint32_t lane, const std::string& server);
+  // What is known of the server's allocator, if anything. The first worker that needs it asks.
+  bool first_to_ask_allocator() noexcept { return !allocator_asked_.exchange(true); }
+  void pays_for_replies() noexcept { replies_cost_ = true; }
+  bool replies_cost() const noexcept { return replies_cost_; }
   void wake_helpers() noexcept;
   // A hint whether there is an offer, and whether one is worth a new connection.
   bool wants_help(PrioritySet priorities) const noexcept;
@@ -210,6 +214,8 @@ class Schedule {
   // Stores are queued since then, or one was pulled; or none is on its way, written without mutex_:
   // a later value of another thread's may win, and is as good.
   std::atomic<Clock::time_point> stores_since_{};
+  std::atomic<bool> allocator_asked_{false};
+  std::atomic<bool> replies_cost_{false};
   std::atomic<std::size_t> stores_out_{0};  // stores that were pulled and are not finished
 };
 

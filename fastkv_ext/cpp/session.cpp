@@ -79,6 +79,7 @@ void Session::push(const Operation& operation) {
       break;
     case Command::ping: heads_.append("*1\r\n$4\r\nPING\r\n"); break;
     case Command::server: heads_.append("*2\r\n$4\r\nINFO\r\n$6\r\nserver\r\n"); break;
+    case Command::memory: heads_.append("*2\r\n$4\r\nINFO\r\n$6\r\nmemory\r\n"); break;
     case Command::unwatch:
       heads_.append("*1\r\n$7\r\nUNWATCH\r\n");
       waiting.abandoned = true;  // nobody waits for it
@@ -345,6 +346,7 @@ Status Session::take_head(const ReplyHead& head) {
       if (discard_) unread_ -= front.value_bytes;
       return {};
     case Command::server:
+    case Command::memory:
       if (head.type == Type::array) return protocol_error("INFO was answered by an array");
       if (head.type != Type::bulk || head.value < 0) {
         complete(Outcome::miss);

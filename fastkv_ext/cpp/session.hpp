@@ -42,7 +42,9 @@ enum class Command : std::uint8_t {
   unlink,
   ping,
   asking,
-  server,  // INFO server, whose reply fits in the value if it hits
+  // INFO server and INFO memory, whose reply fits in the value if it hits.
+  server,
+  memory,
   // Steps of a GET in ranges.
   unwatch,
   watch,
@@ -101,6 +103,9 @@ class Session {
   // May complete an operation, too.
   void pump(std::uint64_t window);
   bool pumping() const noexcept { return !readers_.empty() && !readers_.back().asked; }
+  bool pumping_parts() const noexcept {
+    return pumping() && readers_.back().operation.ranges->in_parts();
+  }
   // Since the last call, something happened to a value that others read or could read, too: have
   // them pump().
   bool take_news() noexcept { return std::exchange(news_, false); }

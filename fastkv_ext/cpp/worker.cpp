@@ -42,8 +42,9 @@ constexpr auto kHelpPause = std::chrono::seconds(1);
 // Of a worker's own requests.
 constexpr std::uint32_t kHealthTicket = 0;
 constexpr std::uint32_t kServerTicket = 1;
-// INFO server has less than 2 KiB.
-constexpr std::size_t kServerReplyBytes = std::size_t{8} << 10;
+constexpr std::uint32_t kAllocatorTicket = 2;
+// INFO server has less than 2 KiB, INFO memory less than 3.
+constexpr std::size_t kInfoBytes = std::size_t{8} << 10;
 
 constexpr const char* kNoMemory = "out of memory";
 
@@ -306,6 +307,10 @@ void Worker::settle(Lane& lane) noexcept {
         learn_server(lane, completed);
         continue;
       }
+      if (completed.ticket.index == kAllocatorTicket) {
+        learn_allocator(completed);
+        continue;
+      }
       lane.checking = false;
       if (refused && drop.ok()) drop = {Code::connection_lost, std::move(completed.error)};
       continue;
@@ -454,7 +459,7 @@ void Worker::feed(Lane& lane) {
 void Worker::carry(Lane& lane) {
   while (carried_.count > 0) {
     const std::uint32_t index = carried_.first;
-    Operation operation = carried_.batch->operation(index);
+    Operation operation = carried_.batch->operation(index, schedule_.replies_cost());
     if (carried_.joined) {
       operation.ranges = carried_.joined;
       operation.helping = true;
@@ -464,6 +469,10 @@ void Worker::carry(Lane& lane) {
     operation.returned = carried_.silent_since != Clock::time_point{};
     const bool offered = operation.ranges && !operation.helping && operation.ranges->divisible();
     if (offered && operation.ranges->snapshot() && !lane.server_asked) ask_server(lane);
+    if (operation.ranges && window_.fits_allocator && carried_.batch->is_small(index) &&
+        schedule_.first_to_ask_allocator()) {
+      ask_allocator(lane);
+    }
     lane.session.push(operation);
     if (operation.returned) {
       lane.kept_from = std::min(lane.kept_from, carried_.silent_since + silence(lane));
@@ -473,7 +482,8 @@ void Worker::carry(Lane& lane) {
     carried_.joined = nullptr;
     ++carried_.first;
     --carried_.count;
-    lane.session.pump(load_window(lane));
+    // There was room for all of the run, and the next must not be pushed before this is asked for.
+    lane.session.pump(carried_.count > 0 ? UINT64_MAX : load_window(lane));
     if (offered) {
       schedule_.offer(*carried_.batch, index, operation.ranges, lane.number, lane.server);
     }
@@ -481,14 +491,35 @@ void Worker::carry(Lane& lane) {
 }
 
 std::uint64_t Worker::load_window(const Lane& lane) const noexcept {
-  return lane.near && window_.near_load_bytes > 0 ? window_.near_load_bytes : window_.bytes;
+  if (!lane.near || window_.near_load_bytes == 0) return window_.bytes;
+  return lane.session.pumping_parts() ? window_.near_load_bytes / 2 : window_.near_load_bytes;
+}
+
+void Worker::ask_allocator(Lane& lane) {
+  allocator_reply_.resize(kInfoBytes);
+  allocator_target_ = {reinterpret_cast<std::byte*>(allocator_reply_.data()), kInfoBytes};
+  lane.session.push({.command = Command::memory,
+                     .ticket = {nullptr, kAllocatorTicket},
+                     .value = {&allocator_target_, 1}});
+}
+
+// The C library's gives memory back to the system as soon as the free end of the heap is twice as
+// long as the largest block that was ever freed. For values of half a megabyte that is the replies
+// that four connections wait for, so that each is written to new pages: 100,000 page faults a GB.
+void Worker::learn_allocator(const Completed& reply) noexcept {
+  const std::string_view info(allocator_reply_.data(),
+                              reply.outcome == Outcome::hit
+                                  ? static_cast<std::size_t>(reply.actual_bytes)
+                                  : 0);
+  if (info.find("\nmem_allocator:libc\r") != std::string_view::npos) schedule_.pays_for_replies();
+  allocator_reply_ = {};
 }
 
 // Which server is at the other end: of one name there may be several.
 void Worker::ask_server(Lane& lane) {
   lane.server_asked = true;
-  lane.server_reply.resize(kServerReplyBytes);
-  lane.server_target = {reinterpret_cast<std::byte*>(lane.server_reply.data()), kServerReplyBytes};
+  lane.server_reply.resize(kInfoBytes);
+  lane.server_target = {reinterpret_cast<std::byte*>(lane.server_reply.data()), kInfoBytes};
   lane.session.push({.command = Command::server,
                      .ticket = {nullptr, kServerTicket},
                      .value = {&lane.server_target, 1}});

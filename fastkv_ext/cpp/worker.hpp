@@ -29,6 +29,8 @@ struct Window {
   // Instead of `bytes`, of loads from a server that answers at once: no round trip must be hidden,
   // and what waits in replies and sockets leaves the caches. 0: `bytes`.
   std::uint64_t near_load_bytes = 0;
+  // Smaller ranges, if the server's allocator wants them: see Worker::learn_allocator().
+  bool fits_allocator = false;
 };
 
 class Worker {
@@ -90,6 +92,8 @@ class Worker {
   void feed(Lane& lane);
   void carry(Lane& lane);
   std::uint64_t load_window(const Lane& lane) const noexcept;
+  void ask_allocator(Lane& lane);
+  void learn_allocator(const Completed& reply) noexcept;
   void ask_server(Lane& lane);
   void learn_server(Lane& lane, const Completed& reply) noexcept;
   void lose(Lane& lane, const Status& why, bool counted) noexcept;
@@ -122,6 +126,8 @@ class Worker {
   bool turn_again_ = false;       // something changed that the loop must look at before it sleeps
   bool waits_are_short_ = false;  // see kNap
   std::optional<Clock::time_point> stores_held_until_;
+  std::string allocator_reply_;  // of the one question
+  Segment allocator_target_;
   Batch* finished_batch_ = nullptr;
   std::size_t finished_count_ = 0;
 };

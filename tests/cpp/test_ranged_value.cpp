@@ -31,16 +31,44 @@ TEST(ranges_cover_each_byte_once_and_begin_with_the_end) {
   for (int round = 0; round < 10'000; ++round) {
     const std::uint64_t bytes = RangedValue::kEndBytes + 1 + random() % 100'000;
     const std::uint64_t range_bytes = 1 + random() % 50'000;
-    RangedValue value(bytes, range_bytes, false);
-    std::vector<RangedValue::Range> ranges;
-    while (const auto range = value.claim()) {
-      CHECK(!range->to_end || ranges.empty());
-      CHECK(range->bytes <= range_bytes + RangedValue::kEndBytes);
-      ranges.push_back(*range);
+    for (const bool in_parts : {false, true}) {
+      RangedValue value(bytes, range_bytes, false, in_parts);
+      std::vector<RangedValue::Range> ranges;
+      while (const auto range = value.claim()) {
+        CHECK(!range->to_end || ranges.empty());
+        CHECK(in_parts || range->bytes <= range_bytes + RangedValue::kEndBytes);
+        ranges.push_back(*range);
+      }
+      CHECK(value.exhausted());
+      check_cover(ranges, bytes);
     }
-    CHECK(value.exhausted());
-    check_cover(ranges, bytes);
   }
+}
+
+TEST(parts_are_equal_at_least_two_and_half_a_range_at_most) {
+  constexpr std::uint64_t kRange = std::uint64_t{512} << 10;
+  constexpr std::uint64_t kPage = 4096;
+  std::mt19937 random(1);
+  for (int round = 0; round < 10'000; ++round) {
+    const std::uint64_t bytes = kRange / 2 + random() % (4 * kRange - kRange / 2);
+    CHECK(RangedValue::is_small(bytes, kRange));
+    RangedValue value(bytes, kRange, false, true);
+    CHECK(value.in_parts());
+    CHECK(value.claim()->to_end);
+    const std::uint64_t part = value.claim()->bytes - RangedValue::kEndBytes;
+    CHECK(part <= kRange / 2);
+    std::uint64_t parts = 1;
+    std::uint64_t last = 0;
+    while (const auto range = value.claim()) {
+      CHECK(range->first % kPage == RangedValue::kEndBytes && range->bytes <= part);
+      last = range->bytes;
+      ++parts;
+    }
+    const std::uint64_t fewest = (bytes - RangedValue::kEndBytes + kRange / 2 - 1) / (kRange / 2);
+    CHECK(parts == std::max<std::uint64_t>(fewest, 2));
+    CHECK(last + parts * kPage + RangedValue::kEndBytes >= part);
+  }
+  CHECK(!RangedValue::is_small(4 * kRange, kRange));
 }
 
 TEST(large_ranges_but_the_first_do_not_begin_on_the_page_grid) {
