@@ -42,7 +42,9 @@ class Redis(Tiles, Pooled, redis.Redis):
             answers within 0.2 ms, as more would leave the caches of server and client.
         tile_range_bytes: A value of half of this or more is read in ranges of this, by
             several connections if they have nothing else to do; 0: every value is read
-            whole, which makes the server build it in one piece. Default: 512 KiB.
+            whole, which makes the server build it in one piece. Default: 512 KiB, or at
+            most 256 KiB for values of less than 2 MiB if ``INFO memory`` says that the
+            server's allocator is the C library's.
     """
 
     @signed_as(redis.Redis.__init__)
