@@ -16,6 +16,7 @@ from fastkv.cli.private_server import PrivateServer
 from tests.conftest import Endpoint
 
 SIZE = 6_000_001
+SMALL = 900_001  # in parts, from a server with the C library's allocator
 
 
 def calls(plain: redis.Redis, command: str, *kinds: str) -> int:
@@ -44,6 +45,24 @@ def test_large_values_are_read_in_ranges_and_small_ones_whole(
 
 
 @pytest.mark.parametrize("immutable", [True, False])
+def test_small_values_are_read_in_parts_where_the_allocator_pays_for_replies(
+    client: fastkv.Redis, plain: redis.Redis, immutable: bool
+) -> None:
+    sizes = [256 << 10, SMALL, 1 << 20, (2 << 20) - 1] * 4
+    values = [os.urandom(n) for n in sizes]
+    keys = [f"k{i}" for i in range(len(values))]
+    client.batch_tile_set(keys, values)
+    for _ in range(3):  # the first raises the question
+        plain.config_resetstat()
+        got = [bytearray(len(value)) for value in values]
+        assert client.batch_tile_get(keys, got, immutable=immutable) == [True] * 16
+        assert got == values
+    memory: Any = plain.info("memory")
+    ranges = [3, 5, 5, 9] if memory["mem_allocator"] == "libc" else [2, 3, 3, 5]
+    assert calls(plain, "getrange") == 4 * sum(ranges)
+
+
+@pytest.mark.parametrize("immutable", [True, False])
 def test_outcomes_are_those_of_a_plain_get(
     client: fastkv.Redis, plain: redis.Redis, immutable: bool
 ) -> None:
@@ -67,58 +86,60 @@ def test_outcomes_are_those_of_a_plain_get(
     assert bytes(got[0]) == bytes(got[6]) == b"x" * SIZE
 
 
-def version(number: int) -> bytes:
-    return bytes([number % 256]) * SIZE
+def version(number: int, size: int) -> bytes:
+    return bytes([number % 256]) * size
 
 
-def _overwrite(plain: redis.Redis, number: int) -> None:
-    plain.set("k", version(number))
+def _overwrite(plain: redis.Redis, number: int, size: int) -> None:
+    plain.set("k", version(number, size))
 
 
-def _patch(plain: redis.Redis, number: int) -> None:
+def _patch(plain: redis.Redis, number: int, size: int) -> None:
     # In place: the same string, changed at both ends at once.
     with plain.pipeline(transaction=True) as pipe:
         pipe.setrange("k", 0, bytes([number % 256]))
-        pipe.setrange("k", SIZE - 1, bytes([number % 256]))
+        pipe.setrange("k", size - 1, bytes([number % 256]))
         pipe.execute()
 
 
-def _delete(plain: redis.Redis, number: int) -> None:
+def _delete(plain: redis.Redis, number: int, size: int) -> None:
     plain.delete("k")
-    plain.set("k", version(number))
+    plain.set("k", version(number, size))
 
 
-def _expire(plain: redis.Redis, number: int) -> None:
-    plain.set("k", version(number), px=3)
+def _expire(plain: redis.Redis, number: int, size: int) -> None:
+    plain.set("k", version(number, size), px=3)
     threading.Event().wait(0.002)
 
 
-def _rename(plain: redis.Redis, number: int) -> None:
-    plain.set("other", version(number))
+def _rename(plain: redis.Redis, number: int, size: int) -> None:
+    plain.set("other", version(number, size))
     plain.rename("other", "k")
 
 
+@pytest.mark.parametrize("size", [SIZE, SMALL])
 @pytest.mark.parametrize("change", [_overwrite, _patch, _delete, _expire, _rename])
 def test_a_value_that_changes_all_the_time_is_never_a_mix(
     client: fastkv.Redis,
     plain: redis.Redis,
-    change: Callable[[redis.Redis, int], None],
+    change: Callable[[redis.Redis, int, int], None],
+    size: int,
 ) -> None:
-    plain.set("k", version(0))
+    plain.set("k", version(0, size))
     stop = threading.Event()
 
     def write() -> None:
         number = 0
         while not stop.is_set():
             number += 1
-            change(plain, number)
+            change(plain, number, size)
 
     writer = threading.Thread(target=write)
     writer.start()
     hits = 0
     try:
         for _ in range(40):
-            got = np.full(SIZE, 0xA5, np.uint8)
+            got = np.full(size, 0xA5, np.uint8)
             (hit,) = client.batch_tile_get(["k"], [got])
             hits += hit
             if hit:
@@ -197,7 +218,7 @@ def test_a_value_that_is_evicted_all_the_time_is_never_a_mix(
                 while not stop.is_set():
                     number += 1
                     plain.set(f"other{number % 20}", b"x" * SIZE)
-                    plain.set("k", version(number))
+                    plain.set("k", version(number, SIZE))
 
         writer = threading.Thread(target=write)
         writer.start()
