@@ -179,6 +179,8 @@ class Engine:
         window_bytes: int,
         window_requests: int,
         range_bytes: int,
+        near_load_bytes: int,
+        fits_allocator: bool,
         stats: Stats,
     ) -> Engine: ...
     @property

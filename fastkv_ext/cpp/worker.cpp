@@ -424,9 +424,9 @@ void Worker::feed(Lane& lane) {
     auto mixes = Schedule::Mixes::any_store;
     if (session.stores() > 0) mixes = Schedule::Mixes::other_stores;
     if (now_ >= lane.kept_from) mixes = Schedule::Mixes::silent_stores;
-    carried_ = schedule_.pull(priorities, lane.generation, window_.requests - session.requests(),
-                              window - std::min(window, outstanding), now_, mixes,
-                              now_ - silence(lane));
+    carried_ =
+        schedule_.pull(priorities, lane.generation, window_.requests - session.requests(),
+                       window - std::min(window, outstanding), now_, mixes, now_ - silence(lane));
     if (carried_.count == 0) {
       if (carried_.retry_at > now_) stores_held_until_ = carried_.retry_at;
       break;
@@ -507,10 +507,9 @@ void Worker::ask_allocator(Lane& lane) {
 // long as the largest block that was ever freed. For values of half a megabyte that is the replies
 // that four connections wait for, so that each is written to new pages: 100,000 page faults a GB.
 void Worker::learn_allocator(const Completed& reply) noexcept {
-  const std::string_view info(allocator_reply_.data(),
-                              reply.outcome == Outcome::hit
-                                  ? static_cast<std::size_t>(reply.actual_bytes)
-                                  : 0);
+  const std::string_view info(
+      allocator_reply_.data(),
+      reply.outcome == Outcome::hit ? static_cast<std::size_t>(reply.actual_bytes) : 0);
   if (info.find("\nmem_allocator:libc\r") != std::string_view::npos) schedule_.pays_for_replies();
   allocator_reply_ = {};
 }
