@@ -459,6 +459,12 @@ bool Session::owes_nobody() const noexcept {
   return first != waiting_.end() && is_nobodys(*first);
 }
 
+bool Session::asks_memory() const noexcept {
+  return std::any_of(waiting_.begin(), waiting_.end(), [this](const Waiting& waiting) {
+    return waiting.command == Command::memory && written_ > waiting.first_byte;
+  });
+}
+
 bool Session::waited_for() const noexcept {
   return std::any_of(waiting_.begin(), waiting_.end(),
                      [](const Waiting& one) { return one.ticket.owner && !is_nobodys(one); });

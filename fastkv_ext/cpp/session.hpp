@@ -177,6 +177,8 @@ class Session {
   bool owes_given_up() const noexcept;
   // The same, or it is to a step for a value that others have read meanwhile.
   bool owes_nobody() const noexcept;
+  // The question about the server's memory is on its way.
+  bool asks_memory() const noexcept;
   // Somebody waits for a reply ...
   bool waited_for() const noexcept;
   // ... to what must not be sent again.

@@ -492,7 +492,9 @@ void Worker::carry(Lane& lane) {
 
 std::uint64_t Worker::load_window(const Lane& lane) const noexcept {
   if (!lane.near || window_.near_load_bytes == 0) return window_.bytes;
-  return lane.session.pumping_parts() ? window_.near_load_bytes / 2 : window_.near_load_bytes;
+  const bool default_window = window_.near_load_bytes < window_.bytes;
+  const bool half = default_window && lane.session.pumping_parts();
+  return half ? (window_.near_load_bytes + 1) / 2 : window_.near_load_bytes;
 }
 
 void Worker::ask_allocator(Lane& lane) {
@@ -546,6 +548,8 @@ void Worker::learn_server(Lane& lane, const Completed& reply) noexcept try {
 // `counted`: the loss is the connection's fault, and uses up an attempt of each.
 void Worker::lose(Lane& lane, const Status& why, bool counted) noexcept {
   turn_again_ = true;
+  // Some proxies hang up on what they do not know. It was our question, and the only one.
+  counted &= !lane.session.asks_memory();
   if (why.code == Code::stalled && counted) schedule_.stats().stalls.add();
   if (counted) {
     const bool idle = lane.session.requests() == 0;

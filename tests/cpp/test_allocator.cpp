@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "call.hpp"
@@ -22,7 +23,9 @@ constexpr std::size_t kLarge = 4 * kRange;
 
 struct Server {
   explicit Server(std::string about_memory, bool fits = true)
-      : info(std::move(about_memory)), engine(2, 4, {1 << 20, 64, kRange, 1 << 19, fits}) {}
+      : Server(std::move(about_memory), {1 << 20, 64, kRange, 1 << 19, fits}) {}
+  Server(std::string about_memory, Window window)
+      : info(std::move(about_memory)), engine(2, 4, window) {}
 
   std::optional<std::string> answer(const std::vector<std::string>& words) {
     if (words[0] == "INFO") {
@@ -83,6 +86,23 @@ TEST(if_it_is_another_or_unknown_they_are_read_in_ranges) {
     for (int i = 0; i < 3; ++i) CHECK(server.read(kSmall, true) >= kRange);
     CHECK(server.asked == 1);
   }
+}
+
+TEST(who_hangs_up_on_the_question_or_answers_nonsense_does_so_once_and_at_nobodys_cost) {
+  for (const std::string& info :
+       {std::string(kHangUp), std::string("*1\r\n$1\r\nx\r\n"), std::string("?\r\n"),
+        std::string("$9\r\nmem_").append(kHangUp)}) {
+    for (const bool immutable : {false, true}) {
+      Server server(info);
+      for (int i = 0; i < 3; ++i) CHECK(server.read(kSmall, immutable) >= kRange);
+      CHECK(server.asked == 1);
+    }
+  }
+}
+
+TEST(a_window_of_one_byte_is_enough) {
+  Server server(kLibc, Window{1, 64, kRange, 1, true});
+  for (int i = 0; i < 3; ++i) server.read(kSmall, i % 2 == 0);
 }
 
 TEST(who_has_chosen_a_length_gets_it_and_large_values_raise_no_question) {
