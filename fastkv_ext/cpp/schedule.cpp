@@ -232,6 +232,7 @@ void Schedule::wake_connector() noexcept {
 void Schedule::connected(std::uint32_t lane) {
   std::lock_guard lock(mutex_);
   connected_[lane] = true;
+  near_ = false;  // it may lead elsewhere
 }
 
 void Schedule::connect_failed(std::uint32_t lane, std::uint64_t newest, const Status& why,

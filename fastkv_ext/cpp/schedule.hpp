@@ -104,6 +104,9 @@ class Schedule {
   void offer(Batch& batch, std::uint32_t index, const std::shared_ptr<RangedValue>& ranges,
              std::uint32_t lane, const std::string& server);
   void identified(std::uint32_t lane, const std::string& server);
+  // Whether a request on an idle connection was answered at once, since the last one was made.
+  void answered_at_once() noexcept { near_ = true; }
+  bool near() const noexcept { return near_; }
   // What is known of the server's allocator, if anything. The first worker that needs it asks.
   bool first_to_ask_allocator() noexcept { return !allocator_asked_.exchange(true); }
   void pays_for_replies() noexcept { replies_cost_ = true; }
@@ -214,6 +217,7 @@ class Schedule {
   // Stores are queued since then, or one was pulled; or none is on its way, written without mutex_:
   // a later value of another thread's may win, and is as good.
   std::atomic<Clock::time_point> stores_since_{};
+  std::atomic<bool> near_{false};
   std::atomic<bool> allocator_asked_{false};
   std::atomic<bool> replies_cost_{false};
   std::atomic<std::size_t> stores_out_{0};  // stores that were pulled and are not finished

@@ -228,7 +228,7 @@ void Worker::adopt(Lane& lane, Adopt&& message) {
   lane.server.clear();
   if (std::exchange(lane.reconnects, true)) schedule_.stats().reconnects.add();
   lane.checking = lane.polls_write = lane.reads_on = false;
-  lane.asked_idle = lane.near = false;
+  lane.asked_idle = false;
   lane.stall_timeout = message.stall_timeout;
   lane.health_interval = message.health_interval;
   lane.progress = now_;
@@ -252,7 +252,9 @@ void Worker::receive_some(Lane& lane) {
     if (!moved.status.ok()) return lose(lane, moved.status, true);
     if (moved.bytes == 0) return;
     lane.closed_at_once = false;
-    if (std::exchange(lane.asked_idle, false)) lane.near |= now_ - lane.progress <= kNearRoundTrip;
+    if (std::exchange(lane.asked_idle, false) && now_ - lane.progress <= kNearRoundTrip) {
+      schedule_.answered_at_once();
+    }
     lane.progress = now_;
     const Status status = lane.session.commit_read(moved.bytes);
     settle(lane);
@@ -491,7 +493,7 @@ void Worker::carry(Lane& lane) {
 }
 
 std::uint64_t Worker::load_window(const Lane& lane) const noexcept {
-  if (!lane.near || window_.near_load_bytes == 0) return window_.bytes;
+  if (!schedule_.near() || window_.near_load_bytes == 0) return window_.bytes;
   const bool default_window = window_.near_load_bytes < window_.bytes;
   const bool half = default_window && lane.session.pumping_parts();
   return half ? (window_.near_load_bytes + 1) / 2 : window_.near_load_bytes;

@@ -60,7 +60,6 @@ class Worker {
     std::string server_reply;
     Segment server_target;
     bool asked_idle = false;      // nothing was on its way, and nothing has come since
-    bool near = false;            // what was asked so was once answered within kNearRoundTrip
     bool fresh = false;           // adopted since the last feed()
     bool closed_at_once = false;  // one was closed while it was, and none has answered since
     bool checking = false;        // a health check is on its way; pull when it is answered
