@@ -101,6 +101,7 @@ class Worker {
   void abandon(Batch& batch) noexcept;
   int next_timeout() const;
   bool naps_are_fine() const noexcept;
+  bool is_soon_answered() const noexcept;
   bool is_in_doubt(const Lane& lane) const noexcept;
   static Clock::duration doubt_patience(const Lane& lane) noexcept;
   static Clock::duration silence(const Lane& lane) noexcept;
