@@ -47,6 +47,8 @@ _WINDOWS = (
     *((256, 256), (512, 256), (1024, 512), (1024, 1024)),
     *((2048, 1024), (4096, 1024), (4096, 2048)),
 )
+# Their defaults fit themselves to the server, so that the same number is not the same.
+_FITTED = ("tile_window_bytes", "tile_range_bytes")
 _CLOSE = 0.95  # of the best: as good
 # For stores, which nobody waits for; small chunks cost LMCache itself more.
 _CLOSE_STORES = 0.8
@@ -335,13 +337,14 @@ def _described(choice: Choice) -> dict[str, Any]:
         "tile_window_bytes": window,
         "tile_range_bytes": size,
     }
+    given = {f"tile_{k}" for k, v in vars(choice.options).items() if v is not None}
     usual = (default[0], default[1] - 1, *default[2:])
     return {
         "chunk_tokens": choice.tokens,
         "settings": {
             name: value
             for (name, value), other in zip(settings.items(), usual, strict=True)
-            if value != other
+            if value != other or (name in _FITTED and name in given)
         },
     }
 

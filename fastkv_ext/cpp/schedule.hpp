@@ -104,7 +104,8 @@ class Schedule {
   void offer(Batch& batch, std::uint32_t index, const std::shared_ptr<RangedValue>& ranges,
              std::uint32_t lane, const std::string& server);
   void identified(std::uint32_t lane, const std::string& server);
-  // Whether a request on an idle connection was answered at once, since the last one was made.
+  // Whether the server answers at once: it has, to a request on an idle connection, since the last
+  // connection was made.
   void answered_at_once() noexcept { near_ = true; }
   bool near() const noexcept { return near_; }
   // What is known of the server's allocator, if anything. The first worker that needs it asks.

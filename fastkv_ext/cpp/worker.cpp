@@ -35,7 +35,7 @@ constexpr auto kSilence = std::chrono::seconds(5);
 constexpr auto kNap = std::chrono::microseconds(50);
 // More than comes during a nap, so that no server runs out of requests meanwhile.
 constexpr std::uint64_t kNapBytes = std::uint64_t{512} << 10;
-// With the least window, a connection that is so far away still carries 10 Gbit/s.
+// With 256 KiB on their way, a connection to a server so far away still carries 10 Gbit/s.
 constexpr auto kNearRoundTrip = std::chrono::microseconds(200);
 // To fall asleep and be woken takes longer than a small value from a server that answers at once,
 // 10 us and more on a virtual machine. So for so long we look for it first.
@@ -161,8 +161,7 @@ void Worker::loop() {
     if (may_nap && waits_are_short_) {
       count = look(0);
       if (count == 0) std::this_thread::sleep_for(kNap);
-    }
-    if (timeout != 0 && is_soon_answered()) {
+    } else if (timeout != 0 && is_soon_answered()) {
       const auto until = Clock::now() + kLook;
       do {
         count = look(0);
@@ -506,6 +505,8 @@ void Worker::carry(Lane& lane) {
 
 std::uint64_t Worker::load_window(const Lane& lane) const noexcept {
   if (!schedule_.near() || window_.near_load_bytes == 0) return window_.bytes;
+  // Parts are shorter than ranges, and twice as many bytes made the server pay again. But who has
+  // chosen a window gets it.
   const bool default_window = window_.near_load_bytes < window_.bytes;
   const bool half = default_window && lane.session.pumping_parts();
   return half ? (window_.near_load_bytes + 1) / 2 : window_.near_load_bytes;
