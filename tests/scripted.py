@@ -269,6 +269,8 @@ class OddServer(_Peer):
         self.refused: dict[bytes, bytes] = {}
         self.counts: Counter[bytes] = Counter()
         self._odd: Step | None = None
+        # Whose client may have gone already, while commands of its are still read.
+        self._had_theirs: set[socket.socket] = set()
         self._before = 0  # answered as usual before it
         self._usual = False
         self._in_multi: set[socket.socket] = set()  # MULTI without its EXEC
@@ -276,7 +278,8 @@ class OddServer(_Peer):
 
     def odd(self, command: str, nth: int = 1, usual: bool = False) -> Step:
         """The ``nth`` command of that name from now on is answered otherwise; with
-        ``usual``, after the usual reply.
+        ``usual``, after the usual reply. Of a connection that has had an odd reply none
+        counts.
         """
         with self._lock:
             self._odd, self._before = Step((command.encode(),)), nth - 1
@@ -307,9 +310,14 @@ class OddServer(_Peer):
         with self._lock:
             reply = self._result(command[0], b"".join(command[1:2]), command[2:])
             step = None
-            if self._odd is not None and self._odd.command[0] == command[0]:
+            if (
+                self._odd is not None
+                and self._odd.command[0] == command[0]
+                and connection not in self._had_theirs
+            ):
                 if self._before == 0:
                     step, self._odd = self._odd, None
+                    self._had_theirs.add(connection)
                     step.payload = self._usual * reply + step.payload
                 self._before -= 1
         if step is None and self.refused.get(command[0]) == b"":

@@ -5,6 +5,7 @@ without an answer, and no more often than redis-py would.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 import time
@@ -38,6 +39,8 @@ class ScriptedNode(ScriptedPeer):
 
     refreshes = 0
     silent = False  # about the slots
+    held: threading.Event | None = None  # what is said about them waits for it
+    told_over = 0  # how often the following was said
     script_over = b""  # what is said to all that comes after the script
 
     def answer(self, connection: socket.socket, command: list[bytes]) -> bool:
@@ -48,12 +51,15 @@ class ScriptedNode(ScriptedPeer):
             return True
         if command[0] != b"CLUSTER":
             if self.script_over and not self._steps:
+                self.told_over += 1
                 connection.sendall(self.script_over)
                 return True
             return super().answer(connection, command)
         self.refreshes += 1
         if self.silent:
             return True
+        if self.held is not None:
+            self.held.wait(30)
         connection.sendall(
             b"*1\r\n*3\r\n:0\r\n:16383\r\n*3\r\n$9\r\n127.0.0.1\r\n:%d\r\n$1\r\nx\r\n"
             % self.port
@@ -237,21 +243,46 @@ def test_the_time_out_holds_while_nobody_says_what_the_cluster_looks_like(
 def test_many_that_wait_look_at_the_cluster_together(
     make_client: Any, node: ScriptedNode
 ) -> None:
+    def threads() -> int:
+        return sum(t.name == "fastkv-refresh" for t in threading.enumerate())
+
+    client = make_client(1000)
+    looked = node.refreshes
+    node.held = threading.Event()
+    node.script_over = b"-CLUSTERDOWN Hash slot not served\r\n"
+    futures = [
+        client.submit_batch_tile_exists([f"k{i}"], timeout=60) for i in range(300)
+    ]
+    assert eventually(lambda: node.told_over == len(futures))
+    crew = client._tile_refresher._crews[os.getpid()]
+
+    def all_are_due() -> bool:
+        """For one of them it is looked, for the others after that."""
+        waiting = list(crew._waiting)
+        due = [one for one in waiting if one.due <= time.monotonic()]
+        return len(due) + len(crew._served) == len(futures) and len(due) < len(futures)
+
+    assert eventually(all_are_due)
+    assert eventually(lambda: threads() == 2)  # one keeps the time, and one looks
+    assert node.refreshes == looked + 1
+    node.script_over = b":1\r\n"
+    node.held.set()
+    assert [future.result(10) for future in futures] == [[True]] * len(futures)
+    assert node.refreshes == looked + 2
+    assert eventually(lambda: threads() == 0)
+
+
+def test_many_that_wait_run_out_of_time_and_look_no_more_often(
+    make_client: Any, node: ScriptedNode
+) -> None:
     client = make_client(1000)
     node.script_over = b"-CLUSTERDOWN Hash slot not served\r\n"
     looked = node.refreshes
     futures = [
         client.submit_batch_tile_exists([f"k{i}"], timeout=1.0) for i in range(300)
     ]
-    most, before = 0, set[threading.Thread]()
-    while not futures[-1].done():
-        now = {t for t in threading.enumerate() if t.name == "fastkv-refresh"}
-        most = max(most, len(now & before))  # one that ends is gone the next time
-        before = now
-        time.sleep(0.01)
     for future in futures:
         assert isinstance(future.exception(5), TimeoutError)
-    assert most <= 4  # two, and those that end
     assert node.refreshes - looked < 30
 
 
