@@ -31,20 +31,6 @@ msghdr message(std::span<const iovec> parts) noexcept {
 // deceive, where packets to a port of this machine are sent on to another.
 constexpr int kLoopbackBytes = 9216;
 
-bool is_local(int fd) noexcept {
-  sockaddr_storage ours{};
-  sockaddr_storage theirs{};
-  socklen_t size = sizeof ours;
-  if (::getsockname(fd, reinterpret_cast<sockaddr*>(&ours), &size) < 0) return false;
-  size = sizeof theirs;
-  if (::getpeername(fd, reinterpret_cast<sockaddr*>(&theirs), &size) < 0) return false;
-  int segment = 0;
-  size = sizeof segment;
-  return on_one_machine(ours, theirs) &&
-         ::getsockopt(fd, IPPROTO_TCP, TCP_MAXSEG, &segment, &size) == 0 &&
-         segment > kLoopbackBytes;
-}
-
 }  // namespace
 
 bool on_one_machine(const sockaddr_storage& ours, const sockaddr_storage& theirs) noexcept {
@@ -60,6 +46,27 @@ bool on_one_machine(const sockaddr_storage& ours, const sockaddr_storage& theirs
   const auto& to = reinterpret_cast<const sockaddr_in6&>(theirs).sin6_addr;
   return std::memcmp(&from, &to, sizeof from) == 0 ||
          (IN6_IS_ADDR_V4MAPPED(&to) && to.s6_addr[12] == IN_LOOPBACKNET);
+}
+
+bool Stream::is_local(int fd) noexcept {
+  sockaddr_storage ours{};
+  sockaddr_storage theirs{};
+  socklen_t size = sizeof ours;
+  if (::getsockname(fd, reinterpret_cast<sockaddr*>(&ours), &size) < 0) return false;
+  size = sizeof theirs;
+  if (::getpeername(fd, reinterpret_cast<sockaddr*>(&theirs), &size) < 0) return false;
+  int segment = 0;
+  size = sizeof segment;
+  return on_one_machine(ours, theirs) &&
+         ::getsockopt(fd, IPPROTO_TCP, TCP_MAXSEG, &segment, &size) == 0 &&
+         segment > kLoopbackBytes;
+}
+
+// Over the loopback the sender does the receiver's part of TCP, too. Unix sockets do not say.
+int Stream::incoming_cpu(int fd) noexcept {
+  int cpu = -1;
+  socklen_t size = sizeof cpu;
+  return ::getsockopt(fd, SOL_SOCKET, SO_INCOMING_CPU, &cpu, &size) == 0 ? cpu : -1;
 }
 
 Stream::Moved Stream::failed(const char* doing) noexcept {

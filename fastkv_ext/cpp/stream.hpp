@@ -34,6 +34,8 @@ class Stream {
   // What comes is sent on this machine, and whoever sends it spends his own time on waking us; and
   // the socket holds enough to do without us for a while.
   virtual bool is_woken_by_peer() const noexcept { return false; }
+  // The processor on which a process of this machine sent what came last; -1: unknown.
+  virtual int sender_cpu() const noexcept { return -1; }
   // There may be more to read, or a failure to tell, though the descriptor is not readable.
   virtual bool holds_bytes() const noexcept { return false; }
   // A read waits until the descriptor takes bytes, or a write until some come: whatever happens to
@@ -46,6 +48,10 @@ class Stream {
   static constexpr const char* kClosedByServer = "Connection closed by server.";
   // Throws std::system_error.
   static void make_non_blocking(int fd);
+  // TCP over the loopback.
+  static bool is_local(int fd) noexcept;
+  // See sender_cpu(), for one that is local.
+  static int incoming_cpu(int fd) noexcept;
   // What errno means for a stream.
   static Moved failed(const char* doing) noexcept;
 };
@@ -63,13 +69,14 @@ class SocketStream final : public Stream {
   Moved write(std::span<const iovec> from) noexcept override;
   void expect(std::size_t bytes) noexcept override;
   bool is_woken_by_peer() const noexcept override { return is_local_; }
+  int sender_cpu() const noexcept override { return is_local_ ? incoming_cpu(fd()) : -1; }
   void close_after_fork() noexcept override { socket_.reset(); }
 
  private:
   UniqueFd socket_;
   bool waits_for_many_ = false;  // TCP: SO_RCVLOWAT has an effect
   int low_water_ = 1;
-  bool is_local_ = false;  // TCP over the loopback
+  bool is_local_ = false;
 };
 
 }  // namespace fastkv

@@ -153,6 +153,7 @@ class OpenSslStream final : public TlsStream {
     name_server(settings.check_server_name);
     // Last: a fork meanwhile, which does not know of us yet, would leave it to the child.
     socket_ = duplicate(socket);
+    is_local_ = is_local(socket);
     require(SSL_set_fd(ssl_.get(), socket_.get()) == 1, "SSL_set_fd");
   }
   // No close_notify: a reply says its length, and its server should not wait for a goodbye.
@@ -162,6 +163,7 @@ class OpenSslStream final : public TlsStream {
   }
 
   int fd() const noexcept override { return socket_.get(); }
+  int sender_cpu() const noexcept override { return is_local_ ? incoming_cpu(fd()) : -1; }
   Moved handshake() noexcept override;
   Moved read(std::span<const iovec> into) noexcept override;
   Moved write(std::span<const iovec> from) noexcept override;
@@ -178,6 +180,7 @@ class OpenSslStream final : public TlsStream {
   std::size_t fill_record(std::span<const iovec> from, std::size_t skip) noexcept;
 
   UniqueFd socket_;
+  bool is_local_ = false;
   std::string server_name_;
   Connection ssl_;
   // OpenSSL wants to be given the same bytes again after it said "later".

@@ -1,6 +1,7 @@
 #include "worker.hpp"
 
 #include <pthread.h>
+#include <sched.h>
 #include <sys/epoll.h>
 #include <sys/prctl.h>
 
@@ -42,6 +43,14 @@ constexpr auto kNearRoundTrip = std::chrono::microseconds(200);
 constexpr auto kLook = std::chrono::microseconds(20);
 // More than that takes longer.
 constexpr std::uint64_t kLookBytes = std::uint64_t{128} << 10;
+// The kernel likes to run whom it wakes where the one ran that woke it. Server and worker wake each
+// other, so over the loopback they may come to share one processor while another idles: for 50 ms
+// and more on a virtual machine, where one that is halted counts as taken, and at half the speed.
+// So a worker that finds for so long, whenever it looks, that it runs where the server does,
+// leaves.
+constexpr auto kShared = std::chrono::microseconds(100);
+// That costs 30 to 50 us. If it was in vain, the next time comes later.
+constexpr auto kMaxShared = 4 * kShared;
 // Between two connections for the sake of others' values, if the first had done nothing.
 constexpr auto kHelpPause = std::chrono::seconds(1);
 // Of a worker's own requests.
@@ -58,6 +67,17 @@ bool clock_is_fine() noexcept {
   timespec tick{};
   return ::clock_getres(CLOCK_MONOTONIC, &tick) == 0 &&
          std::chrono::seconds(tick.tv_sec) + std::chrono::nanoseconds(tick.tv_nsec) < kNap;
+}
+
+// Moves this thread to another processor; from then on it may run on this one again.
+void leave_cpu(int cpu) noexcept {
+  cpu_set_t all;
+  if (::sched_getaffinity(0, sizeof all, &all) < 0) return;
+  cpu_set_t others = all;
+  CPU_CLR(static_cast<unsigned>(cpu), &others);
+  // Who has pinned us to one gets that.
+  if (CPU_COUNT(&others) == 0 || ::sched_setaffinity(0, sizeof others, &others) < 0) return;
+  ::sched_setaffinity(0, sizeof all, &all);
 }
 
 }  // namespace
@@ -156,6 +176,13 @@ void Worker::loop() {
     const auto look = [&](int milliseconds) {
       return ::epoll_wait(epoll_.get(), events.data(), events.size(), milliseconds);
     };
+    const bool idle = std::all_of(lanes_.begin(), lanes_.end(),
+                                  [](const auto& lane) { return lane->session.requests() == 0; });
+    if (idle) {
+      shared_cpu_.reset();
+    } else if (shared_cpu_) {
+      leave_cpu(*std::exchange(shared_cpu_, std::nullopt));  // the server has something to do
+    }
     const bool may_nap = timeout != 0 && naps_are_fine();
     int count = 0;
     if (may_nap && waits_are_short_) {
@@ -178,6 +205,10 @@ void Worker::loop() {
     }
     inbox.asleep = false;
     now_ = Clock::now();
+    if (idle) {
+      shared_pause_ = kShared;
+      leave_cpu_at_ = now_ + kMaxShared;  // not for one value, however large
+    }
     woken = false;
     for (const auto& lane : lanes_) {
       if (lane->reads_on) receive(*lane);
@@ -191,7 +222,9 @@ void Worker::loop() {
       }
       if (lane->stream &&
           ((event.events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0 || lane->stream->crossed())) {
+        const bool values = lane->session.outstanding_bytes() > 0;
         receive(*lane);
+        if (values) look_at_cpu(*lane);
       }
       if (lane->stream && (event.events & EPOLLOUT) != 0) transmit(*lane);
     }
@@ -685,6 +718,24 @@ bool Worker::is_soon_answered() const noexcept {
     if (lane->state == State::connected) bytes += lane->session.outstanding_bytes();
   }
   return bytes > 0 && bytes < kLookBytes;
+}
+
+// Looks when something has come of a value, or the answer to a store. (While lookups come in, we
+// send more of them all the time, and what comes last is the kernel's acknowledgement of that, from
+// here.)
+void Worker::look_at_cpu(const Lane& lane) noexcept {
+  const int server = lane.stream ? lane.stream->sender_cpu() : -1;
+  if (server < 0) return;
+  if (server != ::sched_getcpu()) {
+    shared_cpu_.reset();
+    shared_pause_ = kShared;
+  } else if (now_ < leave_cpu_at_) {
+    return;
+  } else {
+    shared_cpu_ = server;
+    shared_pause_ = std::min<Clock::duration>(2 * shared_pause_, kMaxShared);
+  }
+  leave_cpu_at_ = now_ + shared_pause_;
 }
 
 // What has waited in vain elsewhere waits here for as long again: a server that is slow answers at

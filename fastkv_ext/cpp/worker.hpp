@@ -102,6 +102,7 @@ class Worker {
   int next_timeout() const;
   bool naps_are_fine() const noexcept;
   bool is_soon_answered() const noexcept;
+  void look_at_cpu(const Lane& lane) noexcept;
   bool is_in_doubt(const Lane& lane) const noexcept;
   static Clock::duration doubt_patience(const Lane& lane) noexcept;
   static Clock::duration silence(const Lane& lane) noexcept;
@@ -125,6 +126,10 @@ class Worker {
   Schedule::Run carried_;         // pulled, and not in a session yet
   bool turn_again_ = false;       // something changed that the loop must look at before it sleeps
   bool waits_are_short_ = false;  // see kNap
+  // see kShared
+  std::optional<int> shared_cpu_;
+  Clock::time_point leave_cpu_at_;
+  Clock::duration shared_pause_{};
   std::optional<Clock::time_point> stores_held_until_;
   std::string allocator_reply_;  // of the one question
   Segment allocator_target_;

@@ -27,6 +27,8 @@ struct TcpPair {
     CHECK(::connect(connected.get(), reinterpret_cast<sockaddr*>(&at), sizeof at) == 0);
     accepted = fastkv::UniqueFd(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
     CHECK(accepted.get() >= 0);
+    const int yes = 1;  // as servers do
+    CHECK(::setsockopt(accepted.get(), IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes) == 0);
   }
   fastkv::UniqueFd connected;
   fastkv::UniqueFd accepted;

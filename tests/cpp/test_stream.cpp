@@ -5,6 +5,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sched.h>
 #include <sys/socket.h>
 
 #include <cstring>
@@ -13,6 +14,7 @@
 
 #include "check.hpp"
 #include "tcp_pair.hpp"
+#include "tls.hpp"
 
 using namespace fastkv;
 
@@ -87,6 +89,40 @@ TEST(nobody_naps_at_a_unix_socket) {
   CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
   const UniqueFd peer(ends[1]);
   CHECK(!SocketStream(UniqueFd(ends[0])).is_woken_by_peer());
+}
+
+TEST(the_senders_processor_is_known_of_tcp_that_stays_on_this_machine) {
+  cpu_set_t all;
+  CHECK(::sched_getaffinity(0, sizeof all, &all) == 0);
+  TcpPair pair;
+  TcpPair network("127.0.0.1", 1448);
+  int ends[2];
+  CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+  TlsSettings settings;
+  settings.server_name = "127.0.0.1";
+  const auto tls = make_tls_stream(pair.connected.get(), settings);
+  const SocketStream tcp(std::move(pair.connected));
+  const SocketStream far(std::move(network.connected));
+  const SocketStream local{UniqueFd(ends[0])};
+  const UniqueFd peer(ends[1]);
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(static_cast<unsigned>(cpu), &all)) continue;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(static_cast<unsigned>(cpu), &one);
+    CHECK(::sched_setaffinity(0, sizeof one, &one) == 0);
+    for (const int sender : {pair.accepted.get(), network.accepted.get(), peer.get()}) {
+      CHECK(::send(sender, "x", 1, 0) == 1);
+    }
+    for (const int receiver : {tcp.fd(), far.fd(), local.fd()}) {
+      pollfd entry{receiver, POLLIN, 0};
+      CHECK(::poll(&entry, 1, 20'000) == 1);
+    }
+    CHECK(tcp.sender_cpu() == cpu);
+    CHECK(tls->sender_cpu() == cpu);
+    CHECK(far.sender_cpu() == -1);
+    CHECK(local.sender_cpu() == -1);
+  }
 }
 
 TEST(a_peer_that_has_gone_already_is_found_out_by_reading) {
