@@ -34,7 +34,8 @@ class Stream {
   // What comes is sent on this machine, and whoever sends it spends his own time on waking us; and
   // the socket holds enough to do without us for a while.
   virtual bool is_woken_by_peer() const noexcept { return false; }
-  // The processor on which a process of this machine sent what came last; -1: unknown.
+  // The processor on which what came last was sent, bytes or an acknowledgement, if that was one of
+  // this machine's; -1: unknown.
   virtual int sender_cpu() const noexcept { return -1; }
   // There may be more to read, or a failure to tell, though the descriptor is not readable.
   virtual bool holds_bytes() const noexcept { return false; }

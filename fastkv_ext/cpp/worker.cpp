@@ -9,6 +9,7 @@
 #include <array>
 #include <cerrno>
 #include <csignal>
+#include <cstring>
 #include <ctime>
 #include <exception>
 #include <new>
@@ -46,11 +47,15 @@ constexpr std::uint64_t kLookBytes = std::uint64_t{128} << 10;
 // The kernel likes to run whom it wakes where the one ran that woke it. Server and worker wake each
 // other, so over the loopback they may come to share one processor while another idles: for 50 ms
 // and more on a virtual machine, where one that is halted counts as taken, and at half the speed.
-// So a worker that finds for so long, whenever it looks, that it runs where the server does,
-// leaves.
-constexpr auto kShared = std::chrono::microseconds(100);
-// That costs 30 to 50 us. If it was in vain, the next time comes later.
-constexpr auto kMaxShared = 4 * kShared;
+// So a worker leaves if it finds so often in a row that it runs where the server does. (Once says
+// little: what came last may be the kernel's acknowledgement of what we send, from here.)
+constexpr int kSharedLooks = 3;
+// It costs 30 to 50 us, and has to be worth that: not before the work has lasted for so long ...
+constexpr auto kLeaveAfter = std::chrono::microseconds(400);
+// ... and so soon again only if the last time helped for as long as kHelped.
+constexpr auto kLeavePause = std::chrono::microseconds(100);
+constexpr auto kMaxLeavePause = 16 * kLeavePause;
+constexpr auto kHelped = std::chrono::microseconds(500);
 // Between two connections for the sake of others' values, if the first had done nothing.
 constexpr auto kHelpPause = std::chrono::seconds(1);
 // Of a worker's own requests.
@@ -71,13 +76,21 @@ bool clock_is_fine() noexcept {
 
 // Moves this thread to another processor; from then on it may run on this one again.
 void leave_cpu(int cpu) noexcept {
-  cpu_set_t all;
-  if (::sched_getaffinity(0, sizeof all, &all) < 0) return;
-  cpu_set_t others = all;
+  cpu_set_t before;
+  if (::sched_getaffinity(0, sizeof before, &before) < 0) return;
+  cpu_set_t others = before;
   CPU_CLR(static_cast<unsigned>(cpu), &others);
   // Who has pinned us to one gets that.
   if (CPU_COUNT(&others) == 0 || ::sched_setaffinity(0, sizeof others, &others) < 0) return;
-  ::sched_setaffinity(0, sizeof all, &all);
+  // The kernel remembers what was asked for: all of them, so that we follow when a container is
+  // given more, unless somebody had asked for less.
+  cpu_set_t all;
+  std::memset(&all, 0xff, sizeof all);
+  cpu_set_t after;
+  if (::sched_setaffinity(0, sizeof all, &all) < 0 ||
+      ::sched_getaffinity(0, sizeof after, &after) < 0 || !CPU_EQUAL(&after, &before)) {
+    ::sched_setaffinity(0, sizeof before, &before);
+  }
 }
 
 }  // namespace
@@ -205,10 +218,7 @@ void Worker::loop() {
     }
     inbox.asleep = false;
     now_ = Clock::now();
-    if (idle) {
-      shared_pause_ = kShared;
-      leave_cpu_at_ = now_ + kMaxShared;  // not for one value, however large
-    }
+    if (idle) leave_at_ = std::max(leave_at_, now_ + kLeaveAfter);
     woken = false;
     for (const auto& lane : lanes_) {
       if (lane->reads_on) receive(*lane);
@@ -720,22 +730,25 @@ bool Worker::is_soon_answered() const noexcept {
   return bytes > 0 && bytes < kLookBytes;
 }
 
-// Looks when something has come of a value, or the answer to a store. (While lookups come in, we
-// send more of them all the time, and what comes last is the kernel's acknowledgement of that, from
-// here.)
+// When something has come of a value, or the answer to a store. Lookups are sent all the time while
+// others are answered, so they would tell nothing: see kSharedLooks.
 void Worker::look_at_cpu(const Lane& lane) noexcept {
   const int server = lane.stream ? lane.stream->sender_cpu() : -1;
   if (server < 0) return;
   if (server != ::sched_getcpu()) {
+    shared_looks_ = 0;
     shared_cpu_.reset();
-    shared_pause_ = kShared;
-  } else if (now_ < leave_cpu_at_) {
+    apart_at_ = now_;
     return;
-  } else {
-    shared_cpu_ = server;
-    shared_pause_ = std::min<Clock::duration>(2 * shared_pause_, kMaxShared);
   }
-  leave_cpu_at_ = now_ + shared_pause_;
+  if (++shared_looks_ < kSharedLooks || now_ < leave_at_) return;
+  shared_looks_ = 0;
+  shared_cpu_ = server;
+  const bool helped = apart_at_ - left_at_ >= kHelped;
+  leave_pause_ = std::clamp<Clock::duration>(helped ? kLeavePause : 2 * leave_pause_, kLeavePause,
+                                             kMaxLeavePause);
+  left_at_ = now_;
+  leave_at_ = now_ + leave_pause_;
 }
 
 // What has waited in vain elsewhere waits here for as long again: a server that is slow answers at

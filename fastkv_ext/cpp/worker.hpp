@@ -126,10 +126,13 @@ class Worker {
   Schedule::Run carried_;         // pulled, and not in a session yet
   bool turn_again_ = false;       // something changed that the loop must look at before it sleeps
   bool waits_are_short_ = false;  // see kNap
-  // see kShared
-  std::optional<int> shared_cpu_;
-  Clock::time_point leave_cpu_at_;
-  Clock::duration shared_pause_{};
+  // See kSharedLooks.
+  int shared_looks_ = 0;
+  std::optional<int> shared_cpu_;  // to be left
+  Clock::time_point left_at_;      // when it was last decided
+  Clock::time_point apart_at_;     // when the server was last seen elsewhere
+  Clock::time_point leave_at_;     // not before
+  Clock::duration leave_pause_{};
   std::optional<Clock::time_point> stores_held_until_;
   std::string allocator_reply_;  // of the one question
   Segment allocator_target_;

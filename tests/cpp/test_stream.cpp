@@ -117,6 +117,8 @@ TEST(the_senders_processor_is_known_of_tcp_that_stays_on_this_machine) {
     for (const int receiver : {tcp.fd(), far.fd(), local.fd()}) {
       pollfd entry{receiver, POLLIN, 0};
       CHECK(::poll(&entry, 1, 20'000) == 1);
+      char byte = 0;
+      CHECK(::recv(receiver, &byte, 1, 0) == 1);
     }
     CHECK(tcp.sender_cpu() == cpu);
     CHECK(tls->sender_cpu() == cpu);
