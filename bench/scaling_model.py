@@ -91,7 +91,8 @@ def client_memory(connections: int) -> int:
 
 def unread_memory(connections: int, window: int, range_bytes: int = RANGE) -> int:
     """At most so many bytes were asked for and not read: in the server's replies, its
-    socket buffers, the network, and the client's socket buffers together.
+    socket buffers, the network, and the client's socket buffers together. (Half a range
+    more for each connection if the values are no multiples of one.)
     """
     return connections * (window + range_bytes)
 

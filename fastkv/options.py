@@ -23,9 +23,9 @@ class TileOptions:
             `max_connections`.
         window_bytes: Value bytes that may be on their way on a connection. Default:
             512 KiB, but 256 KiB for loads from a server that answers within 0.2 ms.
-        range_bytes: A value of half of this or more is read in ranges of this; 0: every
-            value is read whole. Default: 512 KiB, or less for small values where the
-            server's allocator is the C library's.
+        range_bytes: A value of half of this or more is read in ranges of this, the last
+            of which may be half longer; 0: every value is read whole. Default: 512 KiB,
+            or less for small values where the server's allocator is the C library's.
     """
 
     workers: int | None = None

@@ -9,7 +9,8 @@ std::uint32_t count_ranges(std::uint64_t bytes, std::uint64_t range_bytes) noexc
   const std::uint64_t body = bytes - RangedValue::kEndBytes;
   const std::uint64_t first = range_bytes + RangedValue::kEndBytes;
   const std::uint64_t rest = body > first ? body - first : 0;
-  return static_cast<std::uint32_t>(2 + (rest + range_bytes - 1) / range_bytes);
+  // What is left over makes a range of its own if it is more than half of one.
+  return static_cast<std::uint32_t>(2 + (rest + (range_bytes - 1) / 2) / range_bytes);
 }
 
 std::uint64_t part_bytes(std::uint64_t bytes, std::uint64_t range_bytes) noexcept {
@@ -42,9 +43,10 @@ std::optional<RangedValue::Range> RangedValue::claim() noexcept {
   if (number >= ranges_) return std::nullopt;
   const std::uint64_t end = bytes_ - kEndBytes;
   if (number == 0) return Range{.first = end, .bytes = kEndBytes, .to_end = true};
-  if (number == 1) return Range{.bytes = std::min(end, range_bytes_ + kEndBytes)};
+  const bool last = number + 1 == ranges_;
+  if (number == 1) return Range{.bytes = last ? end : range_bytes_ + kEndBytes};
   const std::uint64_t first = kEndBytes + (number - 1) * range_bytes_;
-  return Range{.first = first, .bytes = std::min(range_bytes_, end - first)};
+  return Range{.first = first, .bytes = last ? end - first : range_bytes_};
 }
 
 bool RangedValue::worth_joining() const noexcept {

@@ -29,6 +29,9 @@ class RangedValue {
   //     |0 ... range_bytes + 2 KiB | range_bytes | ... | rest | last 2 KiB |
   //       second                     third                      first
   //
+  // A rest of up to half a range belongs to the one before it: two requests for 512 and 100 KiB
+  // take longer than one.
+  //
   // A server keeps a large value, and the reply that it copies it to, a few bytes behind the
   // beginning of a page each. Some processors are two to four times slower at `rep movsb`, the C
   // library's copy of large blocks, if the destination lies less than 64 bytes ahead of the source

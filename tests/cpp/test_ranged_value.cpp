@@ -36,7 +36,7 @@ TEST(ranges_cover_each_byte_once_and_begin_with_the_end) {
       std::vector<RangedValue::Range> ranges;
       while (const auto range = value.claim()) {
         CHECK(!range->to_end || ranges.empty());
-        CHECK(in_parts || range->bytes <= range_bytes + RangedValue::kEndBytes);
+        CHECK(in_parts || range->bytes <= range_bytes + range_bytes / 2 + RangedValue::kEndBytes);
         ranges.push_back(*range);
       }
       CHECK(value.exhausted());
@@ -69,6 +69,27 @@ TEST(parts_are_equal_at_least_two_and_half_a_range_at_most) {
     CHECK(last + parts * kPage + RangedValue::kEndBytes >= part);
   }
   CHECK(!RangedValue::is_small(4 * kRange, kRange));
+}
+
+TEST(a_rest_of_up_to_half_a_range_belongs_to_the_one_before_it) {
+  constexpr std::uint64_t kRange = 1000;
+  constexpr std::uint64_t kAround = 2 * RangedValue::kEndBytes;
+  for (std::uint64_t whole = 1; whole < 5; ++whole) {
+    for (const std::uint64_t rest : {0, 1, 500, 501, 999}) {
+      RangedValue value(kAround + whole * kRange + rest, kRange, false);
+      std::vector<std::uint64_t> got;
+      while (const auto range = value.claim()) got.push_back(range->bytes);
+      std::vector<std::uint64_t> expected(whole, kRange);
+      expected[0] += RangedValue::kEndBytes;
+      if (rest > kRange / 2) {
+        expected.push_back(rest);
+      } else {
+        expected.back() += rest;
+      }
+      expected.insert(expected.begin(), RangedValue::kEndBytes);
+      CHECK(got == expected);
+    }
+  }
 }
 
 TEST(large_ranges_but_the_first_do_not_begin_on_the_page_grid) {

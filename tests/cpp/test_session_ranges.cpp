@@ -55,11 +55,11 @@ std::vector<std::string> replies_to(const std::string& requests, const std::stri
 
 TEST(a_value_in_ranges_is_asked_for_as_the_window_allows_and_lands_in_order) {
   std::string value;
-  for (int i = 0; i < 45'000; ++i) value += static_cast<char>('a' + i % 23);
+  for (int i = 0; i < 51'000; ++i) value += static_cast<char>('a' + i % 23);
   for (const bool snapshot : {true, false}) {
     for (const std::size_t most : {1, 7, 1000, 1 << 20}) {
       Session session;
-      Memory memory({3, 19'000, 0, 25'000, 997});
+      Memory memory({3, 19'000, 0, 31'000, 997});
       session.push(in_ranges(memory, snapshot));
       std::string requests;
       int rounds = 0;
