@@ -30,8 +30,8 @@ struct Call {
     id = next_id++;
     CHECK(engine.submit(batch, id, queue, retry(0), seconds).ok());
   }
-  fastkv::Code wait() {
-    wait_for(*queue, 1);
+  fastkv::Code wait(int milliseconds = 20'000) {
+    wait_for(*queue, 1, milliseconds);
     return batch->status().code;
   }
 
